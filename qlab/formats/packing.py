@@ -87,17 +87,21 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
 def unpack_values(packed: Tensor, values: Tensor, n: int) -> Tensor:
     """`values[unpack(packed)]` in one step: (n,) in the dtype of `values`, which is (2**bits,).
 
-    Where whole codes fill a byte (1, 2, 4, 8 bits), one table row per possible byte holds the 8/bits values it stands for,
-    so a 4-bit tensor costs one look-up for two weights and its codes are never written out.
+    Where whole codes fill a byte (1, 2, 4, 8 bits), a table with one row per byte holds the 8/bits values that it stands
+    for: one look-up for two 4-bit weights, and the codes are never written out. A tensor larger than a table over pairs
+    of bytes uses that one, at half the look-ups.
     """
     bits = len(values).bit_length() - 1
     if 8 % bits:
         return values[unpack(packed, bits, n).int()]
-    rows = _byte_table(bits).to(values.device)
-    return values[rows].index_select(0, packed.int()).view(-1)[:n]
+    pairs = packed.numel() > 2**16 and packed.numel() % 2 == 0 and packed.storage_offset() % 2 == 0
+    index_dtype = torch.uint16 if pairs else torch.uint8
+    rows = values[_code_table(bits, index_dtype).to(values.device)]
+    return rows.index_select(0, packed.view(index_dtype).int()).view(-1)[:n]
 
 
 @lru_cache
-def _byte_table(bits: int) -> Tensor:
-    """(256, 8/bits): the codes that each byte holds."""
-    return unpack(torch.arange(256, dtype=torch.uint8), bits, 256 * 8 // bits).view(256, 8 // bits).long()
+def _code_table(bits: int, index_dtype: torch.dtype) -> Tensor:
+    """(256 or 65536, codes): the codes held by every value of one byte, or of two read as one number."""
+    every = torch.arange(256**index_dtype.itemsize, dtype=torch.int32).to(index_dtype).view(torch.uint8)
+    return unpack(every, bits, every.numel() * 8 // bits).view(-1, 8 * index_dtype.itemsize // bits).int()

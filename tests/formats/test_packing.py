@@ -25,6 +25,17 @@ def test_equals_the_bits_written_out(bits, data):
     assert torch.equal(unpack_values(packed, values, len(codes)), values[codes])
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("n", [2**20, 2**20 + 1])
+def test_large_tensors_are_looked_up_by_pairs_of_bytes(bits, n):
+    codes = torch.randint(0, 2**bits, (n,), dtype=torch.uint8)
+    values = torch.randn(2**bits)
+    packed = pack(codes, bits)
+    assert torch.equal(unpack_values(packed, values, n), values[codes.int()])
+    odd_offset = torch.cat([torch.zeros(1, dtype=torch.uint8), packed])[1:]
+    assert torch.equal(unpack_values(odd_offset, values, n), values[codes.int()])
+
+
 def test_high_nibble_first():
     assert pack(torch.tensor([1, 2, 3], dtype=torch.uint8), 4).tolist() == [0x12, 0x30]
 
