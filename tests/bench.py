@@ -60,13 +60,17 @@ def compare(name: str, w: torch.Tensor, ours: Callable, peers: dict[str, Callabl
     for who in calls:
         throughput = w.nbytes / statistics.median(seconds[who]) / 1e9
         ratio = statistics.median(peer / our for peer, our in zip(seconds[who], seconds["qlab"], strict=True))
-        print(f"{name:24} {who:14} {throughput:7.2f} GB/s   time {ratio:6.2f} × qlab's   peak memory {memory[who]:5.2f} × input")
+        print(
+            f"{name:24} {who:14} {throughput:7.2f} GB/s   time {ratio:6.2f} × qlab's   peak memory {memory[who]:5.2f} × input"
+        )
 
 
 def main() -> None:
     w = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
     threads = torch.get_num_threads()
-    print(f"{SHAPE[0]}×{SHAPE[1]} float32, {threads} threads, median of {ROUNDS} rounds; GB/s counts the float32 side\n")
+    print(
+        f"{SHAPE[0]}×{SHAPE[1]} float32, {threads} threads, median of {ROUNDS} rounds; GB/s counts the float32 side\n"
+    )
 
     block, group = 64, 128
     nf4 = NF4(block)

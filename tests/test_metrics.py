@@ -49,8 +49,10 @@ def test_error_shares_by_hand():
     params = fmt.from_range(torch.tensor(-1.0), torch.tensor(1.0))
     q = fmt.quantize(torch.tensor([0.4, 1.0, -1.0]))
     assert q.params["scale"] == params["scale"] and torch.equal(q.codes, fmt.encode(w, params))
-    shares = metrics.error_shares(w, q)
-    assert shares["clipping"] == pytest.approx(4 / 4.16) and shares["rounding"] == pytest.approx(0.16 / 4.16)
+    for sign in (1, -1):
+        q = fmt.quantize(sign * torch.tensor([0.4, 1.0, -1.0]))
+        shares = metrics.error_shares(sign * w, q)
+        assert shares["clipping"] == pytest.approx(4 / 4.16) and shares["rounding"] == pytest.approx(0.16 / 4.16)
 
 
 @pytest.mark.parametrize("fmt", [IntAffine(3, True, "channel"), NF4(), FloatCast("bf16")])

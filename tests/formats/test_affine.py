@@ -192,6 +192,18 @@ def test_huge_range():
     assert decoded.isfinite().all() and (decoded - w).abs().max() <= 6e38 / 255 / 2 * 1.001
 
 
+def test_subnormal_weights():
+    """1/scale would overflow, and 0 · Inf is NaN: such weights become 0 instead."""
+    w = torch.tensor([[1e-40, 0.0, -2e-40, 0.0]])
+    assert IntAffine(4).quantize(w).dequantize().tolist() == [[0.0] * 4]
+
+
+def test_narrow_codes_stay_narrow_when_clipped():
+    fmt = IntAffine(4, True, "tensor")
+    params = fmt.from_range(torch.tensor(-0.7), torch.tensor(0.7))
+    assert fmt.encode(torch.tensor([-9.0, 9.0]), params).tolist() == [-7, 7]
+
+
 def test_nan_and_inf_are_counted_and_located():
     w = torch.zeros(3, 4)
     w[1, 2], w[2, 0], w[2, 1] = float("nan"), float("inf"), float("-inf")

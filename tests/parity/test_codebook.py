@@ -73,6 +73,18 @@ def test_nf4_equals_bitsandbytes_on_any_shape(seed, rows, columns, dtype, block_
     assert torch.equal(q.dequantize(), bnb_dequantize(packed, state))
 
 
+@pytest.mark.parametrize("short", [True, False])
+def test_the_last_bit_at_midpoints(short):
+    """In full blocks bitsandbytes multiplies by 1/absmax, in a short last block it divides: that decides near-ties."""
+    midpoints = (NF4().levels[1:] + NF4().levels[:-1]) / 2
+    for absmax in torch.rand(300, generator=torch.Generator().manual_seed(5)):
+        near = midpoints * absmax
+        near = torch.cat([near, near.nextafter(torch.tensor(2.0)), near.nextafter(torch.tensor(-2.0)), absmax[None]])
+        w = torch.nn.functional.pad(near, (0, 0 if short else 64 - len(near)))
+        packed, _ = bnb.quantize_4bit(w, blocksize=64, quant_type="nf4")
+        assert torch.equal(NF4(64).quantize(w).codes, bnb_codes(packed, w.shape))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("block_size", [32, 64, 256])
 def test_fp4_values_equal_bitsandbytes(dtype, block_size):
