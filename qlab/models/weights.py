@@ -1,0 +1,116 @@
+"""Read and write the weight of a linear layer as (out, in), whatever class stores it.
+
+| layer | stored as | `weight_of` |
+|---|---|---|
+| nn.Linear | (out, in) | the Parameter itself |
+| transformers' Conv1D (GPT-2) | (in, out) | a transposed view |
+| bitsandbytes Linear4bit | packed 4-bit codes, block scales | a dequantized copy |
+| bitsandbytes Linear8bitLt | int8 codes, one scale per row | a dequantized copy |
+"""
+
+import sys
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .guard import is_repacked
+
+LINEAR_TYPES = (nn.Linear, Conv1D)
+_KNOWN = "nn.Linear, transformers' Conv1D, bitsandbytes' Linear4bit and Linear8bitLt"
+
+
+def shape_of(module: nn.Module) -> tuple[int, int]:
+    """(out, in) of a linear layer, whatever its storage. Raises TypeError for any other module."""
+    if isinstance(module, Conv1D):
+        return module.nf, module.nx
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    raise TypeError(f"{type(module).__name__} is no linear layer: qlab knows {_KNOWN}")
+
+
+def weight_of(module: nn.Module) -> torch.Tensor:
+    """The weight of a linear layer, (out, in), in weight units.
+
+    nn.Linear: its Parameter. Conv1D: a transposed view, so gradients and in-place writes reach the layer.
+    bitsandbytes: a dequantized copy, in the dtype it was quantized from (4 bit) or float32 (8 bit); before
+    the layer was quantized, the float weight. A module with a `dequantized_weight()` method: what that
+    returns.
+
+    Raises TypeError for any other module, RuntimeError for a 4-bit layer that bitsandbytes has repacked.
+    """
+    if hasattr(module, "dequantized_weight"):
+        return module.dequantized_weight()
+    kind = _bitsandbytes_kind(module)
+    if kind == "Linear4bit":
+        return _weight_4bit(module)
+    if kind == "Linear8bitLt":
+        return _weight_8bit(module)
+    if isinstance(module, Conv1D):
+        return module.weight.T
+    if isinstance(module, nn.Linear):
+        return module.weight
+    raise TypeError(f"{type(module).__name__} has no weight to read: qlab knows {_KNOWN}")
+
+
+def set_weight(module: nn.Module, weight: torch.Tensor) -> None:
+    """Copy `weight`, (out, in) floating point, into an nn.Linear or Conv1D: in place, in the layer's own
+    dtype.
+
+    In place means that every module tied to the Parameter changes with it (see `find_tied` and `untie`).
+
+    Raises ValueError with both shapes where they differ, TypeError for integer weights and for bitsandbytes
+    layers.
+    """
+    if not isinstance(module, LINEAR_TYPES) or _bitsandbytes_kind(module):
+        raise TypeError(
+            f"cannot write the weight of a {type(module).__name__}, only of nn.Linear and Conv1D. A quantized "
+            "layer holds codes: replace it by an nn.Linear, or quantize the new weight"
+        )
+    if not weight.is_floating_point():
+        raise TypeError(f"the weight given is {weight.dtype}: dequantize codes before writing them")
+    expected, given = shape_of(module), tuple(weight.shape)
+    if given != expected:
+        hint = "; it is the transpose: pass (out, in) for every layer class" if given == expected[::-1] else ""
+        raise ValueError(f"{type(module).__name__} takes a weight (out, in) = {expected}, got {given}{hint}")
+    with torch.no_grad():
+        weight_of(module).copy_(weight)
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """True for the classes that store one weight and nothing else; False for wrappers and subclasses with
+    more."""
+    if _bitsandbytes_kind(module):
+        return type(module).__module__.startswith("bitsandbytes.")
+    return type(module) in LINEAR_TYPES
+
+
+def _bitsandbytes_kind(module):
+    bitsandbytes = sys.modules.get("bitsandbytes")  # not imported: then no module can be of its classes
+    if bitsandbytes is None:
+        return None
+    for kind in ("Linear4bit", "Linear8bitLt"):
+        if isinstance(module, getattr(bitsandbytes.nn, kind)):
+            return kind
+    return None
+
+
+def _weight_4bit(module):
+    from bitsandbytes.functional import dequantize_4bit
+
+    if is_repacked(module):
+        raise RuntimeError(
+            "bitsandbytes has repacked this Linear4bit in an eval forward, so its weight cannot be read: "
+            "call qlab.models.guard_bitsandbytes() before the model is built, and load or quantize it again"
+        )
+    state = getattr(module.weight, "quant_state", None) or module.quant_state
+    return module.weight if state is None else dequantize_4bit(module.weight.data, state)
+
+
+def _weight_8bit(module):
+    codes, row_absmax = module.weight.data, module.weight.SCB
+    if row_absmax is None:
+        row_absmax = module.state.SCB  # moved there by the first forward
+    if codes.dtype != torch.int8:
+        return module.weight
+    return codes.float() * (row_absmax.float() / 127).unsqueeze(1)
