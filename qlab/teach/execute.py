@@ -1,0 +1,63 @@
+"""Re-execute notebooks in place and leave them as they are committed: `python -m qlab.teach.execute notebooks/*.ipynb`.
+
+Outputs are kept; widget state, timings and the kernel's own metadata are not, because they differ from run to run and
+machine to machine. A notebook whose cell raises is left as it was.
+"""
+
+import argparse
+import os
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+def execute(path, timeout=600):
+    """Run the notebook at `path` from its own folder and write it back; returns the seconds it took.
+
+    Raises nbclient.exceptions.CellExecutionError where a cell raises.
+    """
+    path = Path(path)
+    notebook = nbformat.read(path, as_version=4)
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # two busy processes on few cores starve each other otherwise
+    started = time.perf_counter()
+    NotebookClient(
+        notebook,
+        timeout=timeout,
+        kernel_name="python3",
+        store_widget_state=False,
+        record_timing=False,
+        resources={"metadata": {"path": str(path.parent)}},
+    ).execute()
+    seconds = time.perf_counter() - started
+    nbformat.write(clean(notebook), path)
+    return seconds
+
+
+def clean(notebook):
+    """The notebook without what belongs to one run or one machine only (changed in place, and returned)."""
+    notebook.metadata = nbformat.from_dict(
+        {
+            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+            "language_info": {"name": "python"},
+        }
+    )
+    for cell in notebook.cells:
+        cell.metadata = nbformat.from_dict({k: v for k, v in cell.metadata.items() if k in ("tags", "jupyter")})
+        if cell.cell_type == "code":
+            cell.outputs = [o for o in cell.outputs if WIDGET not in o.get("data", {})]
+    return notebook
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("notebooks", nargs="+", type=Path)
+    for path in parser.parse_args().notebooks:
+        print(f"{path}: {execute(path):.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

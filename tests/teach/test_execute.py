@@ -1,0 +1,36 @@
+import nbformat
+import pytest
+from nbclient.exceptions import CellExecutionError
+from nbformat.v4 import new_code_cell, new_notebook
+
+from qlab.teach.execute import clean, execute
+
+
+def write(path, *sources):
+    nbformat.write(new_notebook(cells=[new_code_cell(s, metadata={"tags": ["keep"], "x": 1}) for s in sources]), path)
+
+
+def test_execute_writes_clean_outputs(tmp_path):
+    path = tmp_path / "lesson.ipynb"
+    write(path, "import ipywidgets\nipywidgets.IntSlider()", "6 * 7")
+    assert execute(path) > 0
+    notebook = nbformat.read(path, as_version=4)
+    assert [c.execution_count for c in notebook.cells] == [1, 2]
+    assert notebook.cells[1].outputs[0].data["text/plain"] == "42"
+    assert notebook.cells[0].outputs == [], "a widget view without its state shows an error"
+    assert notebook.cells[0].metadata == {"tags": ["keep"]}
+    assert set(notebook.metadata) == {"kernelspec", "language_info"}
+
+
+def test_a_failing_notebook_is_left_alone(tmp_path):
+    path = tmp_path / "lesson.ipynb"
+    write(path, "1 / 0")
+    before = path.read_bytes()
+    with pytest.raises(CellExecutionError):
+        execute(path)
+    assert path.read_bytes() == before
+
+
+def test_clean_keeps_what_a_reader_needs():
+    cell = new_code_cell("x", metadata={"jupyter": {"source_hidden": True}, "execution": {"iopub.status": "now"}})
+    assert clean(new_notebook(cells=[cell])).cells[0].metadata == {"jupyter": {"source_hidden": True}}
