@@ -1,10 +1,10 @@
 """Load models, find and replace their layers, and keep bitsandbytes from repacking them."""
 
-from .guard import GuardState, guard_bitsandbytes
-from .load import load
-from .sources import CHOICES, Source, locate
-from .surgery import Replacement, find_linears, find_tied, replace, untie
-from .weights import LINEAR_TYPES, set_weight, shape_of, weight_of
+from qlab.models.guard import GuardState, guard_bitsandbytes
+from qlab.models.load import load
+from qlab.models.sources import CHOICES, Source, locate
+from qlab.models.surgery import Replacement, find_linears, find_tied, replace, untie
+from qlab.models.weights import LINEAR_TYPES, set_weight, shape_of, weight_of
 
 __all__ = [
     "CHOICES",

@@ -13,8 +13,8 @@ import huggingface_hub.utils
 import torch
 import transformers.utils.logging
 
-from .guard import guard_bitsandbytes
-from .sources import download, locate
+from qlab.models.guard import guard_bitsandbytes
+from qlab.models.sources import download, locate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

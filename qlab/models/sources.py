@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
-from .checksums import verify_files, verify_sha256sums
+from qlab.models.checksums import verify_files, verify_sha256sums
 
 MINI_FOLDER = Path(__file__).resolve().parents[2] / "data" / "qlab-mini"
 ENCODER_REPO = "sentence-transformers/all-MiniLM-L6-v2"

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .guard import is_repacked
+from qlab.formats import FP4, NF4, QTensor
+from qlab.models.guard import is_repacked
 
 LINEAR_TYPES = (nn.Linear, Conv1D)
 _KNOWN = "nn.Linear, transformers' Conv1D, bitsandbytes' Linear4bit and Linear8bitLt"
@@ -96,15 +97,25 @@ def _bitsandbytes_kind(module):
 
 
 def _weight_4bit(module):
-    from bitsandbytes.functional import dequantize_4bit
-
     if is_repacked(module):
         raise RuntimeError(
             "bitsandbytes has repacked this Linear4bit in an eval forward, so its weight cannot be read: "
             "call qlab.models.guard_bitsandbytes() before the model is built, and load or quantize it again"
         )
     state = getattr(module.weight, "quant_state", None) or module.quant_state
-    return module.weight if state is None else dequantize_4bit(module.weight.data, state)
+    if state is None:
+        return module.weight
+    # Not bitsandbytes' dequantize_4bit: on AVX512 it is wrong where the block does not divide the row.
+    fmt = {"nf4": NF4, "fp4": FP4}[state.quant_type](state.blocksize, double_quant=state.nested)
+    params = {"absmax": state.absmax}
+    if state.nested:
+        params = {
+            "absmax_code": state.absmax,
+            "absmax_scale": state.state2.absmax,
+            "absmax_offset": state.offset,
+        }
+    packed = module.weight.data.view(torch.uint8).reshape(-1)
+    return QTensor(fmt, packed, params, state.shape, state.dtype).dequantize()
 
 
 def _weight_8bit(module):

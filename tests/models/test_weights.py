@@ -3,6 +3,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from qlab.formats import NF4
 from qlab.models import guard_bitsandbytes, replace, set_weight, shape_of, weight_of
 
 
@@ -98,6 +99,13 @@ def test_linear4bit_is_read_dequantized(quant_type, double_quant, dtype):
     assert shape_of(layer) == (64, 128)
     assert weight_of(layer).dtype == dtype
     assert torch.equal(weight_of(layer), dequantize_4bit(codes, state))
+
+
+def test_linear4bit_is_read_right_where_the_block_does_not_divide_the_row():
+    """bitsandbytes' own CPU kernel is not: 64 weights a block, 96 a row."""
+    weight = torch.randn(8, 96) * torch.logspace(-2, 2, 8 * 96).view(8, 96)
+    layer = linear_4bit(weight)
+    assert torch.equal(weight_of(layer), NF4(64).quantize(weight).dequantize())
 
 
 def test_linear4bit_before_quantization_is_its_float_weight():
