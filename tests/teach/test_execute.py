@@ -1,7 +1,13 @@
+import base64
+import io
+
+import matplotlib.pyplot as plt
 import nbformat
+import numpy as np
 import pytest
 from nbclient.exceptions import CellExecutionError
-from nbformat.v4 import new_code_cell, new_notebook
+from nbformat.v4 import new_code_cell, new_notebook, new_output
+from PIL import Image
 
 from qlab.teach.execute import clean, execute
 
@@ -34,3 +40,23 @@ def test_a_failing_notebook_is_left_alone(tmp_path):
 def test_clean_keeps_what_a_reader_needs():
     cell = new_code_cell("x", metadata={"jupyter": {"source_hidden": True}, "execution": {"iopub.status": "now"}})
     assert clean(new_notebook(cells=[cell])).cells[0].metadata == {"jupyter": {"source_hidden": True}}
+
+
+def test_pictures_get_smaller_and_look_the_same():
+    figure, ax = plt.subplots()
+    ax.plot(np.random.default_rng(0).normal(size=200), color="#0B5FA5")
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png")
+    plt.close(figure)
+    before = base64.b64encode(stream.getvalue()).decode()
+    cell = new_code_cell("x", outputs=[new_output("display_data", {"image/png": before})])
+    after = clean(new_notebook(cells=[cell])).cells[0].outputs[0].data["image/png"]
+    assert len(after) < 0.6 * len(before)
+    assert abs(pixels(after) - pixels(before)).max() <= 24 and abs(pixels(after) - pixels(before)).mean() < 0.2
+    assert clean(new_notebook(cells=[cell])).cells[0].outputs[0].data["image/png"] == after, (
+        "cleaning twice is the same"
+    )
+
+
+def pixels(encoded):
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGB")).astype(int)
