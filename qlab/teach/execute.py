@@ -52,7 +52,10 @@ def clean(notebook):
     for cell in notebook.cells:
         cell.metadata = nbformat.from_dict({k: v for k, v in cell.metadata.items() if k in ("tags", "jupyter")})
         if cell.cell_type == "code":
-            cell.outputs = [o for o in cell.outputs if WIDGET not in o.get("data", {})]
+            for output in cell.outputs:
+                if output.get("data", {}).pop(WIDGET, None) and set(output.data) <= {"text/plain"}:
+                    output.data = {}
+            cell.outputs = [o for o in cell.outputs if o.get("data") != {}]
             for output in cell.outputs:
                 if "image/png" in output.get("data", {}):
                     output.data["image/png"] = small_png(output.data["image/png"])

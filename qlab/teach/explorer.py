@@ -109,14 +109,12 @@ class Explorer:
         from IPython.display import display
 
         where = ", ".join(f"{self.labels[n]} {_words(v)}" for n, v in self.start.items())
-        display(
-            {"image/png": self.png(), "text/plain": f"chart at {where}"},
-            raw=True,
-            metadata={"image/png": {"alt": f"Chart at {where}"}},
-        )
+        static = {"image/png": self.png(), "text/plain": f"chart at {where}"}
+        alt = {"image/png": {"alt": f"Chart at {where}"}}
         if self.live:
-            display(self.widget())
+            display(static | self.widget()._repr_mimebundle_(), raw=True, metadata=alt)
         else:
+            display(static, raw=True, metadata=alt)
             display({"text/html": self.html(), "text/plain": "the same chart with sliders"}, raw=True)
 
     def widget(self):
@@ -127,7 +125,7 @@ class Explorer:
         import ipywidgets
 
         picture = Picture(self.chart())
-        image = ipywidgets.Image(value=picture.png(), format="png")
+        image = ipywidgets.Image(value=picture.png(compression=1), format="png")
         trouble = ipywidgets.HTML()
         controls = {}
         for name, stops in self.settings.items():
@@ -145,7 +143,8 @@ class Explorer:
 
         def moved(_):
             try:
-                image.value = picture.draw(self.chart(**{n: c.value for n, c in controls.items()})).png()
+                chart = self.chart(**{n: c.value for n, c in controls.items()})
+                image.value = picture.draw(chart).png(compression=1)
                 trouble.value = ""
             except Exception:
                 trouble.value = f"<pre>{html.escape(traceback.format_exc())}</pre>"

@@ -3,6 +3,7 @@
 Latencies are printed (pytest -s), never asserted: they belong to the machine.
 """
 
+import itertools
 import shutil
 import statistics
 import time
@@ -12,6 +13,7 @@ import pytest
 
 from qlab.teach.execute import clean
 
+from ..teach.pages import charts_of, data_of, pages
 from .conftest import NOTEBOOK, ROOT
 
 LIVE = ".qlab-explorer [data-live]:not([hidden])"
@@ -37,6 +39,15 @@ RECORD = """root => {
     if (rec.running) requestAnimationFrame(frame);
   };
   requestAnimationFrame(frame);
+}"""
+
+
+# Puts a slider, or a row of buttons, on stop i as a hand would.
+MOVE = """(control, i) => {
+  const input = control.querySelector(`input[type=range], input[value="${i}"]`);
+  if (input.type === "radio") return input.click();
+  input.value = i;
+  input.dispatchEvent(new Event("input", {bubbles: true}));
 }"""
 
 
@@ -73,10 +84,29 @@ def moves_well(page, slider, where):
     assert eight == "8" and "bits per weight 8" in picture.get_attribute("aria-label")
 
 
+def shows_every_stop(explorer, saved):
+    """At each stop of the controls, the numbers shown are those the explorer's function returned there."""
+    controls = explorer.locator("[data-setting]")
+    stops = [range(len(s["stops"])) for s in data_of(saved)["settings"]]
+    for where, chart in zip(itertools.product(*stops), charts_of(saved), strict=True):
+        for k, stop in enumerate(where):
+            controls.nth(k).evaluate(MOVE, stop)
+        shown = explorer.locator("[data-readouts] span").all_inner_texts()
+        assert shown == [f"{name} {value}" for name, value in chart["readouts"]], f"stop {where}"
+        marks = sum(m["kind"] != "text" for p in chart["panels"] for m in p["marks"])
+        assert explorer.locator("svg g[clip-path] > *").count() >= marks
+
+
 @pytest.fixture
 def notebook(lab):
     shutil.copy(ROOT / "notebooks" / NOTEBOOK, lab.folder / NOTEBOOK)
     return lab.folder / NOTEBOOK
+
+
+def one_picture(page):
+    """The static copy before the explorer is hidden while the explorer lives."""
+    output = page.locator(".jp-OutputArea-child:has(.qlab-explorer)").first
+    assert output.evaluate("e => getComputedStyle(e.previousElementSibling).display") == "none", "two pictures at once"
 
 
 def test_trusted_notebook_is_live_at_open_and_after_a_run(lab, notebook, jupyter, page):
@@ -85,12 +115,12 @@ def test_trusted_notebook_is_live_at_open_and_after_a_run(lab, notebook, jupyter
     slider = page.locator(BITS).first
     slider.scroll_into_view_if_needed()
     assert page.locator(LIVE).count() >= 1, "sliders of a trusted notebook must move before any cell is run"
+    one_picture(page)
     moves_well(page, slider, "JupyterLab, at open, no cell run")
     lab.run_all(page)
     slider = page.locator(BITS).first
     moves_well(page, slider, "JupyterLab, after Run All")
-    shown = page.locator(".jp-OutputArea-child:has(.qlab-explorer)").first
-    assert shown.evaluate("e => getComputedStyle(e.previousElementSibling).display") == "none", "two pictures at once"
+    one_picture(page)
 
 
 def test_untrusted_notebook_shows_the_static_figure(lab, notebook, page):
@@ -112,7 +142,10 @@ def test_exported_html_moves_without_kernel_or_network(notebook, jupyter, page, 
     page.goto((tmp_path / NOTEBOOK).with_suffix(".html").as_uri())
     moves_well(page, page.locator(BITS).first, "exported HTML, offline")
     explorers = page.locator(".qlab-explorer")
-    assert explorers.count() >= 2
+    data = pages(nbformat.read(notebook, as_version=4))
+    assert explorers.count() == len(data) >= 2
+    for i, saved in enumerate(data):
+        shows_every_stop(explorers.nth(i), saved)
     other = explorers.nth(1).locator("svg").inner_html()
     page.locator(BITS).first.press("Home")
     assert explorers.nth(1).locator("svg").inner_html() == other, "one explorer's slider moves another's picture"

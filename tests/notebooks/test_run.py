@@ -1,13 +1,12 @@
 """Every committed notebook runs, its sliders hold what it computes now, and its exercises have a solution that passes."""
 
 import copy
-import json
-import re
 
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell
 
+from ..teach.pages import charts_of, pages
 from .conftest import exercises, widget_errors
 
 
@@ -19,25 +18,6 @@ def with_solutions(notebook):
         notebook.cells[check + 1 : check + 1] = [new_code_cell(solution), again]
         seconds.append((name, again.id))
     return notebook, seconds
-
-
-def explorers(notebook):
-    """The data of each explorer in the notebook's outputs, in order, with every reference into the pool resolved."""
-    found = []
-    for cell in notebook.cells:
-        for output in cell.get("outputs", []):
-            page = "".join(output.get("data", {}).get("text/html", ""))
-            data = re.search(r'getElementById\("qlab-\w+"\), (\{.*\})\);\n\}\)\(\);</script>', page)
-            if data:
-                data = json.loads(data.group(1).replace("<\\/", "</"))
-                found.append([resolve(c, data["pool"]) for c in data["charts"]])
-    return found
-
-
-def resolve(value, pool):
-    if isinstance(value, dict):
-        return resolve(pool[value["$"]], pool) if "$" in value else {k: resolve(v, pool) for k, v in value.items()}
-    return [resolve(v, pool) for v in value] if isinstance(value, list) else value
 
 
 def same_picture(a, b):
@@ -69,7 +49,7 @@ def test_notebook_runs(notebook_path, run_notebook):
     for name, id_ in checks:
         shown = "\n".join(o.get("data", {}).get("text/plain", "") for o in by_id[id_].outputs)
         assert ": correct" in shown, f"the solution of exercise {name} does not pass its own check:\n{shown}"
-    before, now = explorers(committed), explorers(result.nb)
+    before, now = ([charts_of(page) for page in pages(nb)] for nb in (committed, result.nb))
     assert len(before) == len(now), f"{len(before)} explorers are committed, {len(now)} came out: run make notebooks"
     for i, (a, b) in enumerate(zip(before, now, strict=True)):
         assert len(a) == len(b), f"explorer {i} has {len(a)} stops committed and {len(b)} now: run make notebooks"

@@ -28,6 +28,18 @@ def test_execute_writes_clean_outputs(tmp_path):
     assert set(notebook.metadata) == {"kernelspec", "language_info"}
 
 
+def test_a_kernel_explorer_leaves_its_static_figure(tmp_path):
+    path = tmp_path / "lesson.ipynb"
+    write(
+        path,
+        "from qlab.teach import Explorer, chart, line, panel\n"
+        "Explorer(lambda k: chart(panel([line([0, 1], [0, k], 'error')], 'x', 'y')), k=[1, 2], live=True)",
+    )
+    execute(path)
+    (output,) = nbformat.read(path, as_version=4).cells[0].outputs
+    assert set(output.data) == {"image/png", "text/plain"}
+
+
 def test_a_failing_notebook_is_left_alone(tmp_path):
     path = tmp_path / "lesson.ipynb"
     write(path, "1 / 0")

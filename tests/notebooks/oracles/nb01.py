@@ -36,7 +36,9 @@ def dequantize_affine(inline):
     for fmt, w in cases():
         params = fmt.fit(w)
         codes = fmt.encode(w, params)
-        assert torch.equal(inline(codes.float(), params["scale"], params["zero_point"].float()), fmt.decode(codes, params))
+        assert torch.equal(
+            inline(codes.float(), params["scale"], params["zero_point"].float()), fmt.decode(codes, params)
+        )
 
 
 ORACLES = {

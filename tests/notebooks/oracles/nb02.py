@@ -30,8 +30,8 @@ def quantize_blocks(function):
             w_hat, scale = function(blocks, bits)
             assert torch.equal(scale, q.params["scale"].reshape(-1)), (granularity, bits)
             assert torch.equal(w_hat, values), (granularity, bits)
-    ties = torch.tensor([[7.0, 0.5, 1.5, 2.5, -0.5, -1.5, -6.5, -7.0]])  # scale 1: exact ties go to the even neighbour
-    assert function(ties, 4)[0].tolist() == [[7, 0, 2, 2, 0, -2, -6, -7]]
+    ties = torch.arange(1, 201).unsqueeze(1) / 30 * torch.arange(-14, 15) / 2  # half steps, to the even neighbour
+    assert torch.equal(function(ties, 4)[0], IntAffine(4).quantize(ties).dequantize())
 
 
 ORACLES = {"cut": cut, "quantize_blocks": quantize_blocks}
