@@ -1,0 +1,1 @@
+"""The embedded model qlab-mini: its corpus, pretraining, question task, fine-tuning and evaluation."""
