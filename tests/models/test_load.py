@@ -160,9 +160,6 @@ def test_the_noise_settings_are_put_back(saved, bars):
         logging.disable(logging.NOTSET)
 
 
-@pytest.mark.skipif(
-    not sources.MINI_FOLDER.joinpath("SHA256SUMS").is_file(), reason="this checkout has no data/qlab-mini"
-)
 def test_the_model_in_the_repository_passes_its_own_checksums():
     model, tokenizer = load("qlab-mini")
     assert locate("qlab-mini").tier == 1 and model.config.model_type == "llama"
