@@ -1,0 +1,125 @@
+"""GGUF blocks against the gguf package, byte for byte, and Q4_K against llama.cpp's own quantizer."""
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlab.formats.blocks import Q4_0, Q4_1, Q8_0
+from qlab.formats.k_quants import Q4_K
+from qlab.formats.microscaling import MXFP4
+
+gguf = pytest.importorskip("gguf")
+
+QUANTIZED = [Q4_0(), Q4_1(), Q8_0()]  # what gguf quantizes besides MXFP4, for which see test_microscaling.py
+DECODED = [*QUANTIZED, Q4_K(), MXFP4()]
+
+
+def kind(fmt):
+    return gguf.GGMLQuantizationType[type(fmt).__name__]
+
+
+def theirs(fmt, w):
+    return torch.from_numpy(gguf.quants.quantize(w.float().contiguous().numpy(), kind(fmt)))
+
+
+def hostile(seed, rows=9, columns=96):
+    """Rows of every size that a float16 constant can and cannot hold, with ties, an outlier, zeros, and equal extremes."""
+    g = torch.Generator().manual_seed(seed)
+    w = torch.randn(rows, columns, generator=g) * 10.0 ** torch.randint(-36, 5, (rows, 1), generator=g)
+    w[0] = torch.randint(-16, 17, (columns,), generator=g) / 4
+    w[1] = torch.randint(-254, 255, (columns,), generator=g) / 2  # for Q8_0: d = 1 where 127 is among them
+    w[2] = torch.randint(0, 31, (columns,), generator=g) / 2 - 3  # for Q4_1
+    w[3], w[4, :40], w[5, 7] = 0, -0.0, w[5, 7] * 1000
+    w[6] = w[6].abs().amax() * torch.randint(-1, 2, (columns,), generator=g)
+    w[7] = w[7, 0].clone()
+    return w.clamp(-4e4, 4e4)
+
+
+@given(st.integers(0, 2**31), st.sampled_from(QUANTIZED), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_bytes_equal_gguf(seed, fmt, dtype):
+    w = hostile(seed).to(dtype)
+    q = fmt.quantize(w)
+    assert torch.equal(fmt.to_bytes(q), theirs(fmt, w))
+    expected = torch.from_numpy(gguf.quants.dequantize(fmt.to_bytes(q).numpy(), kind(fmt)))
+    assert torch.equal(q.dequantize(torch.float32), expected)
+
+
+@pytest.mark.parametrize("fmt", QUANTIZED)
+def test_every_tie_and_its_neighbours_equal_gguf(fmt):
+    """Multiples of d/2 and the float32 numbers beside them, for 300 values of d: the last bit of w · (1/d) decides."""
+    n = 255 if fmt.bits == 8 else 33
+    halves = torch.arange(-n // 2, n // 2 + 1) / 2
+    for scale in torch.rand(300, generator=torch.Generator().manual_seed(0)):
+        ties = halves * scale
+        w = torch.cat([ties, ties.nextafter(torch.tensor(9e9)), ties.nextafter(torch.tensor(-9e9))])
+        blocks = torch.nn.functional.pad(w, (0, -len(w) % 30)).view(-1, 30)
+        extremes = torch.stack([halves[-1] * scale, halves[0] * scale]).expand(len(blocks), 2)
+        blocks = torch.cat([blocks, extremes], 1)
+        assert torch.equal(fmt.to_bytes(fmt.quantize(blocks)), theirs(fmt, blocks))
+
+
+@pytest.mark.parametrize("fmt", QUANTIZED)
+@pytest.mark.parametrize("edge", [2.0**-14, 2.0**-24, 2.0**-25, 65504.0])
+def test_constants_at_the_edges_of_float16_equal_gguf(fmt, edge):
+    """The smallest normal and subnormal, what rounds to 0, and the largest. One step further gguf writes Inf."""
+    for factor in (0.999, 1.0, 1.0001):
+        w = torch.linspace(-1, 1, 32)
+        w *= edge * factor / fmt.measure(w)["scale"].abs()
+        if edge * factor > 65520:
+            with pytest.raises(ValueError, match="65504"):
+                fmt.quantize(w)
+        elif isinstance(fmt, Q4_1) and edge > 1:
+            with pytest.raises(ValueError, match="min of"):  # 15 steps are beyond float16 before one is
+                fmt.quantize(w)
+        else:
+            assert torch.equal(fmt.to_bytes(fmt.quantize(w)), theirs(fmt, w))
+
+
+@pytest.mark.parametrize("fmt", DECODED)
+def test_any_bytes_decode_as_gguf_decodes_them(fmt):
+    """Random bytes: every float16, so Inf and NaN among them, every sub-scale, every code."""
+    size = gguf.GGML_QUANT_SIZES[kind(fmt)][1]
+    data = torch.randint(0, 256, (500, 3 * size), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    if isinstance(fmt, MXFP4):
+        data.view(-1, size)[:, 0].clamp_(max=254)  # 255 is NaN in E8M0, which gguf reads as 2¹²⁸
+    with np.errstate(invalid="ignore", over="ignore"):
+        expected = gguf.quants.dequantize(data.numpy(), kind(fmt))
+    ours = fmt.from_bytes(data).dequantize().numpy()
+    assert ours.shape == expected.shape and np.array_equal(ours, expected, equal_nan=True)
+    assert np.isfinite(ours).mean() > 0.9
+    assert torch.equal(fmt.to_bytes(fmt.from_bytes(data)), data)
+
+
+# What quantize_row_q4_K_ref returned for awkward(256), and the SHA-256 of its bytes for awkward(65536): ggml-quants.c as
+# vendored in llama-cpp-python 0.3.36, compiled with gcc 12.2 -O2 -ffp-contract=off.
+LLAMA_CPP = bytes.fromhex(
+    "cd24cf30cd1a63b5cd1a60b0ffcd7957605f5f50618294c7fa2d61a6fb40a60d74eb63eb740ea842fda86420fdcba987261515151627496b"
+    "8eb0f4397ec2288fe45cd35cd46e07904cf7a26f3b08d5b3cab9a8a8a9bacbdd0f226599de2278de34ab129a12ab34ce6813cf8a4613e0be"
+    "2918f7f7f7f7082a4c6f91c5095e93f85fb52c931ba42dc6600bb6612deab784"
+)
+LLAMA_CPP_SHA256 = "4fc8bd35be8ebf98d61ec030429f430c35dd2aba1f31c5b8dd1939d31e88567a"
+
+
+def awkward(n):
+    """n weights without pattern, each exact in float32, with sub-blocks of 5 sizes."""
+    i = torch.arange(n)
+    return ((i * i * 31 + i * 7919) % 2003 - 1001) / 512 * (i // 32 % 5 + 1)
+
+
+def test_q4_k_equals_llama_cpp():
+    fmt = Q4_K()
+    assert bytes(fmt.to_bytes(fmt.quantize(awkward(256))).tolist()) == LLAMA_CPP
+    many = fmt.to_bytes(fmt.quantize(awkward(65536).view(64, 1024)))
+    assert hashlib.sha256(many.numpy().tobytes()).hexdigest() == LLAMA_CPP_SHA256
+
+
+def test_bytes_of_llama_cpp_decode_as_in_gguf():
+    data = torch.frombuffer(bytearray(LLAMA_CPP), dtype=torch.uint8)
+    ours = Q4_K().from_bytes(data).dequantize()
+    assert np.array_equal(ours.numpy(), gguf.quants.dequantize(data.numpy(), kind(Q4_K())))
+    w = awkward(256)
+    assert (ours - w).norm() < 0.06 * w.norm()
