@@ -1,6 +1,7 @@
 """Error metrics by hand and against numpy."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -53,6 +54,14 @@ def test_error_shares_by_hand():
         q = fmt.quantize(sign * torch.tensor([0.4, 1.0, -1.0]))
         shares = metrics.error_shares(sign * w, q)
         assert shares["clipping"] == pytest.approx(4 / 4.16) and shares["rounding"] == pytest.approx(0.16 / 4.16)
+
+
+def test_error_shares_see_clipping_within_a_step_of_the_top_code():
+    fmt = IntAffine(bits=4, symmetric=True, granularity="tensor")
+    params = {"scale": torch.tensor(1.0)}
+    w = torch.tensor([7.9, -7.9, 0.3])
+    q = replace(fmt.quantize(w), params=params, packed=fmt.pack(fmt.encode(w, params)))
+    assert metrics.error_shares(w, q)["clipping"] == pytest.approx(1.62 / 1.71)
 
 
 @pytest.mark.parametrize("fmt", [IntAffine(3, True, "channel"), NF4(), FloatCast("bf16")])

@@ -76,17 +76,16 @@ class Histogram(Extremes):
         super().add(x)
         if self.amax > 0:
             self._widen(math.frexp(self.amax)[1] - int(math.log2(self.bins)))  # amax < 2**frexp's exponent
-        for part in x.detach().reshape(-1).split(SLICE):
+        for part in x.reshape(-1).split(SLICE):
             bin_number = (part.abs().double() / (self.width or 1)).long() + self.bins * (part >= 0)
             self.counts += bin_number.bincount(minlength=2 * self.bins).view(2, self.bins).cpu()
 
     def _widen(self, exponent: int) -> None:
-        if self._exponent is not None and exponent > self._exponent:
+        if self._exponent is not None and exponent != self._exponent:  # larger: amax never shrinks
             merged = min(2 ** (exponent - self._exponent), self.bins)  # neighbours that become one bin
             sums = self.counts.view(2, -1, merged).sum(2)
             self.counts = torch.nn.functional.pad(sums, (0, self.bins - sums.shape[1]))
-        if self._exponent is None or exponent > self._exponent:
-            self._exponent = exponent
+        self._exponent = exponent
 
     def centers(self) -> tuple[Tensor, Tensor]:
         """(values, counts) of the bins in use, ascending: the middle of each, (m,) float32, and its count, (m,) int64."""

@@ -177,6 +177,12 @@ class IntAffine(Format):
             q = q.round_().add_(params["zero_point"].unsqueeze(-1))
         return self.unblocks(q.clamp_(self.qmin, self.qmax).to(self.code_dtype), w.shape)
 
+    def limits(self, params: Params, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        # Not the extremes of `values`: where codes are narrow, the last of those is never used.
+        ends = torch.tensor([self.qmin, self.qmax], device=params["scale"].device)
+        low, high = (self.decode(code.expand(shape), params) for code in ends)
+        return low, high
+
     def rescale(self, values: Tensor, params: Params) -> Tensor:
         """eq. (2)."""
         if not self.symmetric:

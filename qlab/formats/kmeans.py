@@ -1,7 +1,7 @@
 """k-means: first centres by k-means++, then Lloyd's iterations; for vectors, and much faster for numbers on a line.
 
-Arthur and Vassilvitskii 2007, "k-means++: The Advantages of Careful Seeding", section 2.2, in the
-greedy form that its authors suggest (t draws for each centre, the best is kept), with scikit-learn's t = 2 + ⌊ln k⌋.
+Arthur and Vassilvitskii 2007, "k-means++: The Advantages of Careful Seeding", section 2.2, in the greedy
+form that its authors suggest (t draws for each centre, the best is kept), with scikit-learn's t = 2 + ⌊ln k⌋.
 Lloyd 1982, "Least Squares Quantization in PCM", method I.
 
     J = Σ ‖x − nearest centre‖²        is lowered by turns:

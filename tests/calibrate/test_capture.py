@@ -167,9 +167,10 @@ def test_hooks_modes_and_gradients_are_as_before():
 
 def test_the_model_runs_in_eval_mode():
     model = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(3), nn.Linear(3, 2)).train()
-    x, before = data(), model[1].running_mean.clone()
+    x, before, gradients = data(), model[1].running_mean.clone(), []
+    model[2].register_forward_hook(lambda *_: gradients.append(torch.is_grad_enabled()))
     stats = capture(model, [x])["2"]
-    assert torch.equal(model[1].running_mean, before) and model.training
+    assert torch.equal(model[1].running_mean, before) and model.training and gradients == [False]
     torch.testing.assert_close(stats.amax, model[1].eval()(x).detach().abs().amax(0))
 
 

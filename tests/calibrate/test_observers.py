@@ -120,9 +120,11 @@ def test_mse_by_hand():
     The middles of the bins are what is measured: 4 lies in the bin [4, 4 + 1/256), of which only the one value tells.
     """
     x = torch.cat([torch.ones(1000), torch.tensor([4.0])])
-    observer = seen(MSE(bits=2, ratios=[1.0, 0.5, 0.25]), x)
-    torch.testing.assert_close(observer.errors(), torch.tensor([1000, 1000, 9]).double() / 1001, rtol=5e-3, atol=2e-5)
+    observer = seen(MSE(bits=2, ratios=[1.0, 0.5, 0.25, 0.125]), x)
+    expected = torch.tensor([1000, 1000, 9, 1000 * 0.5**2 + 3.5**2]).double() / 1001
+    torch.testing.assert_close(observer.errors(), expected, rtol=5e-3, atol=2e-5)
     assert ends(observer) == [0.0, 1.0] and observer.threshold() == 1.0
+    assert ends(seen(MSE(bits=2, ratios=[1.0, 0.5, 0.25]), -x)) == [-1.0, 0.0]
 
 
 def test_mse_of_equal_errors_takes_the_first_ratio():

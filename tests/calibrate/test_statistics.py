@@ -35,7 +35,10 @@ def test_by_hand():
 )
 def test_batches_sum_to_the_whole(seed, lengths, channels, dtype, exponent):
     g = torch.Generator().manual_seed(seed)
-    batches = [(torch.randn(channels, n, 2, generator=g) * 10.0**exponent).to(dtype).movedim(0, 2) for n in lengths]
+    batches = [
+        (torch.randn(channels, n, 2, generator=g, dtype=torch.float64) * 10.0**exponent).to(dtype).movedim(0, 2)
+        for n in lengths
+    ]
     x = torch.cat([batch.reshape(-1, channels) for batch in batches]).double()
     stats = observed(*batches)
     assert stats.tokens == len(x)
