@@ -4,7 +4,7 @@ from qlab.models.guard import GuardState, guard_bitsandbytes
 from qlab.models.load import load
 from qlab.models.sources import CHOICES, Source, locate
 from qlab.models.surgery import Replacement, find_linears, find_tied, replace, untie
-from qlab.models.weights import LINEAR_TYPES, set_weight, shape_of, weight_of
+from qlab.nn.weights import LINEAR_TYPES, set_weight, shape_of, weight_of
 
 __all__ = [
     "CHOICES",

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from qlab.nn.weights import is_repacked
+
 
 @dataclass(frozen=True)
 class GuardState:
@@ -76,8 +78,3 @@ def _guard_layers(model, linear4bit):
     for module in switched:
         module.support_avx512bf16_for_cpu = False
     return len(switched)
-
-
-def is_repacked(layer: nn.Module) -> bool:
-    """True when a bitsandbytes Linear4bit holds the repacked layout, which dequantizes to garbage."""
-    return bool(getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False))

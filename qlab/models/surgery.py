@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from qlab.models.weights import LINEAR_TYPES, is_plain_linear
+from qlab.nn.weights import LINEAR_TYPES, is_plain_linear
 
 _MARK = "_qlab_replacement"  # an instance attribute, so that it survives deepcopy and pickling
 

@@ -18,7 +18,7 @@ class Base(Protocol):
     shape : (out, in).
     bias : (out,) or None.
 
-    nn.Linear, Conv1D and bitsandbytes' layers have no such method: `qlab.models.weight_of(layer)` reads the weight of
+    nn.Linear, Conv1D and bitsandbytes' layers have no such method: `qlab.nn.weight_of(layer)` reads the weight of
     those, and of every layer that follows this protocol, as (out, in).
     """
 

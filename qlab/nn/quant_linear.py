@@ -29,8 +29,9 @@ from torch.nn import functional
 
 from qlab.formats import Format, QTensor
 from qlab.nn.act_quant import ActQuant
-from qlab.nn.base import Base, FrozenBuffers
+from qlab.nn.base import FrozenBuffers
 from qlab.nn.config import dtype_from_name, dtype_name, format_config, format_from_config
+from qlab.nn.weights import weight_of
 
 
 class QuantLinear(FrozenBuffers):
@@ -91,25 +92,17 @@ class QuantLinear(FrozenBuffers):
     @classmethod
     def from_linear(
         cls,
-        linear: nn.Linear | Base,
+        linear: nn.Module,
         fmt: Format,
         act_quant: ActQuant | None = None,
         input_scale: Tensor | None = None,
     ) -> "QuantLinear":
         """Round a layer's weight (times `input_scale`, if given) to the nearest codes of `fmt`. Its bias is kept.
 
-        linear: an nn.Linear, or any layer with `dequantized_weight()`. Of other classes (Conv1D, bitsandbytes), quantize
-        `qlab.models.weight_of(layer)` and call QuantLinear with it. Raises TypeError for those.
+        linear: whatever `weight_of` reads: nn.Linear, Conv1D, bitsandbytes' layers, another QuantLinear. Raises TypeError
+        for others.
         """
-        if isinstance(linear, Base):
-            weight = linear.dequantized_weight()
-        elif isinstance(linear, nn.Linear) and linear.weight.is_floating_point():
-            weight = linear.weight
-        else:
-            raise TypeError(
-                f"from_linear reads nn.Linear and layers with dequantized_weight(), got {type(linear).__name__}: "
-                "call QuantLinear(fmt.quantize(qlab.models.weight_of(layer)), layer.bias)"
-            )
+        weight = weight_of(linear)
         if input_scale is not None:
             _check_vector("input_scale", input_scale, weight.shape[1])
             scaled = fmt.quantize(weight.detach().float() * input_scale)

@@ -15,8 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 import qlab.formats
 from qlab.formats import FP4, NF4, FloatCast, Format, IntAffine
-from qlab.models import replace, weight_of
-from qlab.nn import ActQuant, Base, QuantLinear
+from qlab.models import replace
+from qlab.nn import ActQuant, Base, QuantLinear, shape_of, weight_of
 
 FORMATS = [
     IntAffine(8),
@@ -190,15 +190,17 @@ def test_a_quantized_layer_is_a_base_and_can_be_quantized_again():
     assert again.bias is layer.bias
 
 
-def test_other_classes_go_through_weight_of():
+def test_every_linear_layer_can_be_quantized():
     import bitsandbytes
 
     conv, packed = Conv1D(OUT, IN), bitsandbytes.nn.Linear4bit(IN, OUT).to("cpu")
-    for module in (conv, packed, nn.Embedding(4, 4)):
-        with pytest.raises(TypeError, match=f"got {type(module).__name__}: call QuantLinear"):
-            QuantLinear.from_linear(module, IntAffine(8))
-    layer, x = QuantLinear(IntAffine(8).quantize(weight_of(conv)), conv.bias), random(2, IN)
-    torch.testing.assert_close(layer(x), conv(x), rtol=0, atol=0.05)
+    eight = bitsandbytes.nn.Linear8bitLt(IN, OUT, has_fp16_weights=False).to("cpu")
+    for module in (conv, packed, eight):
+        layer = QuantLinear.from_linear(module, FloatCast("fp16"))
+        assert shape_of(layer) == shape_of(module) == (OUT, IN) and layer.bias is module.bias
+        torch.testing.assert_close(layer.dequantized_weight(), weight_of(module), rtol=1e-3, atol=1e-6)
+    with pytest.raises(TypeError, match="Embedding"):
+        QuantLinear.from_linear(nn.Embedding(4, 4), IntAffine(8))
 
 
 # --- saved and reloaded

@@ -6,6 +6,7 @@
 | transformers' Conv1D (GPT-2) | (in, out) | a transposed view |
 | bitsandbytes Linear4bit | packed 4-bit codes, block scales | a dequantized copy |
 | bitsandbytes Linear8bitLt | int8 codes, one scale per row | a dequantized copy |
+| QuantLinear and every other `Base` | its own way | what its `dequantized_weight()` returns |
 """
 
 import sys
@@ -15,7 +16,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from qlab.formats import FP4, NF4, QTensor
-from qlab.models.guard import is_repacked
+from qlab.nn.base import Base
 
 LINEAR_TYPES = (nn.Linear, Conv1D)
 _KNOWN = "nn.Linear, transformers' Conv1D, bitsandbytes' Linear4bit and Linear8bitLt"
@@ -23,6 +24,8 @@ _KNOWN = "nn.Linear, transformers' Conv1D, bitsandbytes' Linear4bit and Linear8b
 
 def shape_of(module: nn.Module) -> tuple[int, int]:
     """(out, in) of a linear layer, whatever its storage. Raises TypeError for any other module."""
+    if isinstance(module, Base):
+        return module.shape
     if isinstance(module, Conv1D):
         return module.nf, module.nx
     if isinstance(module, nn.Linear):
@@ -125,3 +128,9 @@ def _weight_8bit(module):
     if codes.dtype != torch.int8:
         return module.weight
     return codes.float() * (row_absmax.float() / 127).unsqueeze(1)
+
+
+def is_repacked(layer: nn.Module) -> bool:
+    """True when a bitsandbytes Linear4bit holds the repacked layout, which dequantizes to garbage (see
+    `qlab.models.guard_bitsandbytes`)."""
+    return bool(getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False))
