@@ -101,9 +101,9 @@ class GGUFBlock(RowBlocks):
         n_blocks = data.shape[-1] // size
         *parts, stored = data.reshape(*data.shape[:-1], n_blocks, size).split(self._sizes, -1)
         params = {}
-        for part, (name, (param_dtype, count)) in zip(parts, self.constants.items(), strict=True):
-            param = part.clone(memory_format=torch.contiguous_format).view(param_dtype)
-            params[name] = param.squeeze(-1) if count == 1 else param
+        for part, (name, (param_dtype, _)) in zip(parts, self.constants.items(), strict=True):
+            aligned = part.clone(memory_format=torch.contiguous_format)
+            params[name] = aligned.view(param_dtype).squeeze(-1)
         if self.bits == 8:
             codes = stored.view(torch.int8)
         else:

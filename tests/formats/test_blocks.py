@@ -227,6 +227,12 @@ def test_decode_is_differentiable_in_the_constants(fmt):
         torch.testing.assert_close(params["scale"].grad, fmt.blocks(q.codes).sum(-1).float())
 
 
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_a_parameter_is_quantized_without_its_graph(fmt):
+    q = fmt.quantize(torch.nn.Parameter(torch.randn(256)))
+    assert not any(param.requires_grad for param in q.params.values())
+
+
 # --- what is refused
 
 

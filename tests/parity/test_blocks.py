@@ -94,26 +94,29 @@ def test_any_bytes_decode_as_gguf_decodes_them(fmt):
     assert torch.equal(fmt.to_bytes(fmt.from_bytes(data)), data)
 
 
-# What quantize_row_q4_K_ref returned for awkward(256), and the SHA-256 of its bytes for awkward(65536): ggml-quants.c as
-# vendored in llama-cpp-python 0.3.36, compiled with gcc 12.2 -O2 -ffp-contract=off.
+# What quantize_row_q4_K_ref returned for awkward(0), and the SHA-256 of its bytes for awkward(BLOCKS): ggml-quants.c as
+# vendored in llama-cpp-python 0.3.36, compiled with gcc 12.2 -O2 -ffp-contract=off. In the last nine of 28 thousand blocks
+# the last bit of a sum, quotient or root, or the number of steps searched, changes what is stored.
 LLAMA_CPP = bytes.fromhex(
-    "cd24cf30cd1a63b5cd1a60b0ffcd7957605f5f50618294c7fa2d61a6fb40a60d74eb63eb740ea842fda86420fdcba987261515151627496b"
-    "8eb0f4397ec2288fe45cd35cd46e07904cf7a26f3b08d5b3cab9a8a8a9bacbdd0f226599de2278de34ab129a12ab34ce6813cf8a4613e0be"
-    "2918f7f7f7f7082a4c6f91c5095e93f85fb52c931ba42dc6600bb6612deab784"
+    "6e253e31d21766b9d2136675ffed55b1000b0d1426335578ab591856ab75c42984756566636e7b18aad87b2967a6e5345a8856250b44348b"
+    "7cd6d7027c87934e6b985583b92f67b636e6706f6a6b7689999ba6b9ccd884a86d936897e6459cfc65d6c0595466798ca956fabf0d4b83d9"
+    "5b19e7b685654e3627a92bb5485c77934875327037866535a50687707b8d88a2"
 )
-LLAMA_CPP_SHA256 = "4fc8bd35be8ebf98d61ec030429f430c35dd2aba1f31c5b8dd1939d31e88567a"
+LLAMA_CPP_SHA256 = "e766eb075ab52238598aea37b49e432bbcc6dd512730bcefc7ca6975988afae5"
+BLOCKS = [*range(32), 55, 113, 715, 1006, 1035, 12300, 23486, 26531, 28562]
 
 
-def awkward(n):
-    """n weights without pattern, each exact in float32, with sub-blocks of 5 sizes."""
-    i = torch.arange(n)
-    return ((i * i * 31 + i * 7919) % 2003 - 1001) / 512 * (i // 32 % 5 + 1)
+def awkward(block):
+    """The 256 weights of each numbered block: bell-shaped, without pattern, exact in float32, sub-blocks of 5 sizes."""
+    i = 256 * torch.as_tensor(block).unsqueeze(-1) + torch.arange(256)
+    u = (i * i * 31 + i * 7919) % 2003 + (i * i * 17 + i * 104729) % 1999 + (i * i * 7 + i * 1299709) % 1997
+    return (u - 3000) / 1024 * (i // 32 % 5 + 1)
 
 
 def test_q4_k_equals_llama_cpp():
     fmt = Q4_K()
-    assert bytes(fmt.to_bytes(fmt.quantize(awkward(256))).tolist()) == LLAMA_CPP
-    many = fmt.to_bytes(fmt.quantize(awkward(65536).view(64, 1024)))
+    assert bytes(fmt.to_bytes(fmt.quantize(awkward(0))).tolist()) == LLAMA_CPP
+    many = fmt.to_bytes(fmt.quantize(awkward(BLOCKS)))
     assert hashlib.sha256(many.numpy().tobytes()).hexdigest() == LLAMA_CPP_SHA256
 
 
@@ -121,5 +124,5 @@ def test_bytes_of_llama_cpp_decode_as_in_gguf():
     data = torch.frombuffer(bytearray(LLAMA_CPP), dtype=torch.uint8)
     ours = Q4_K().from_bytes(data).dequantize()
     assert np.array_equal(ours.numpy(), gguf.quants.dequantize(data.numpy(), kind(Q4_K())))
-    w = awkward(256)
-    assert (ours - w).norm() < 0.06 * w.norm()
+    w = awkward(0)
+    assert (ours - w).norm() < 0.08 * w.norm()
