@@ -81,7 +81,7 @@ def test_source_style(notebook):
 @pytest.mark.parametrize(
     "text, bad",
     [
-        ("/work/main/qlab", True),
+        ("/home/ada/qlab", True),
         ("in /tmp/x", True),
         ("site-packages/torch", True),
         ("C:\\\\Users", True),
