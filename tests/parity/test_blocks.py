@@ -94,16 +94,15 @@ def test_any_bytes_decode_as_gguf_decodes_them(fmt):
     assert torch.equal(fmt.to_bytes(fmt.from_bytes(data)), data)
 
 
-# What quantize_row_q4_K_ref returned for awkward(0), and the SHA-256 of its bytes for awkward(BLOCKS): ggml-quants.c as
-# vendored in llama-cpp-python 0.3.36, compiled with gcc 12.2 -O2 -ffp-contract=off. In the last nine of 28 thousand blocks
-# the last bit of a sum, quotient or root, or the number of steps searched, changes what is stored.
+# What quantize_row_q4_K_ref returned for awkward(0), and the SHA-256 of its bytes for the 54 blocks below: ggml-quants.c as
+# vendored in llama-cpp-python 0.3.36, compiled with gcc 12.2 -O2 -ffp-contract=off. The blocks named one by one are those,
+# of many thousands, where the last bit of a sum, quotient or root, or the number of steps, changes what is stored.
 LLAMA_CPP = bytes.fromhex(
     "6e253e31d21766b9d2136675ffed55b1000b0d1426335578ab591856ab75c42984756566636e7b18aad87b2967a6e5345a8856250b44348b"
     "7cd6d7027c87934e6b985583b92f67b636e6706f6a6b7689999ba6b9ccd884a86d936897e6459cfc65d6c0595466798ca956fabf0d4b83d9"
     "5b19e7b685654e3627a92bb5485c77934875327037866535a50687707b8d88a2"
 )
-LLAMA_CPP_SHA256 = "e766eb075ab52238598aea37b49e432bbcc6dd512730bcefc7ca6975988afae5"
-BLOCKS = [*range(32), 55, 113, 715, 1006, 1035, 12300, 23486, 26531, 28562]
+LLAMA_CPP_SHA256 = "97b64ae8d47f04aa8112232202c3452137cc55f3a52385e1207c93266b36c2da"
 
 
 def awkward(block):
@@ -116,7 +115,10 @@ def awkward(block):
 def test_q4_k_equals_llama_cpp():
     fmt = Q4_K()
     assert bytes(fmt.to_bytes(fmt.quantize(awkward(0))).tolist()) == LLAMA_CPP
-    many = fmt.to_bytes(fmt.quantize(awkward(BLOCKS)))
+    normal = awkward([*range(32), 55, 113, 715, 1006, 1035, 12300, 23486, 26531, 28562])
+    positive = awkward(range(8)).abs()
+    constant = awkward([99, 119, 402, 1063, 1997]).view(-1, 8, 32)[..., :1].abs().expand(-1, 8, 32).flatten(1)
+    many = fmt.to_bytes(fmt.quantize(torch.cat([normal, positive, constant])))
     assert hashlib.sha256(many.numpy().tobytes()).hexdigest() == LLAMA_CPP_SHA256
 
 
