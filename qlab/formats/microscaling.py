@@ -91,7 +91,7 @@ class NVFP4(RowBlocks):
         amax = self.float_blocks(w).abs().amax(-1)
         largest = amax.amax() if amax.numel() else amax.new_zeros(())
         tensor_scale = (largest / (E4M3_LARGEST * 6)).clamp(min=SMALLEST_TENSOR_SCALE)
-        scale = (amax / 6 / tensor_scale).clamp(E4M3_SMALLEST_NORMAL, E4M3_LARGEST)
+        scale = (amax / 6 / tensor_scale).clamp(min=E4M3_SMALLEST_NORMAL)
         return {"scale": scale.to(torch.float8_e4m3fn), "tensor_scale": tensor_scale}
 
     def encode(self, w: Tensor, params: Params) -> Tensor:
