@@ -67,8 +67,8 @@ class Format:
     def limits(self, params: Params, shape: torch.Size) -> tuple[Tensor, Tensor]:
         """The lowest and the highest value that each weight's block can store: two float32 tensors of `shape`."""
         codes = torch.stack([self.values.argmin(), self.values.argmax()]) + self.lowest_code
-        lowest, highest = (self.decode(code.expand(shape), params) for code in codes)
-        return lowest, highest
+        ends = [self.decode(code.expand(shape), params) for code in codes]
+        return torch.minimum(*ends), torch.maximum(*ends)  # a scale may be negative: Q4_0's d
 
     def quantize(self, w: Tensor) -> "QTensor":
         """fit + encode, packed. w: any floating-point tensor; w itself is not changed."""

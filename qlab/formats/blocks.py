@@ -112,10 +112,6 @@ class GGUFBlock(RowBlocks):
         shape = torch.Size((*data.shape[:-1], n_blocks * self.block_size))
         return QTensor(self, self.pack(codes), params, shape, dtype)
 
-    def limits(self, params: Params, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        ends = super().limits(params, shape)
-        return torch.minimum(*ends), torch.maximum(*ends)  # d may be negative
-
     def half(self, params: Params) -> Params:
         """Params as stored. Raises ValueError where float16 cannot hold one; one that is too small becomes 0."""
         stored = {name: param.to(torch.float16) for name, param in params.items()}
