@@ -275,3 +275,9 @@ def test_bytes_at_an_odd_address_are_read():
     data = Q4_0().to_bytes(Q4_0().quantize(torch.randn(32)))
     shifted = torch.cat([torch.zeros(1, dtype=torch.uint8), data])[1:]
     assert torch.equal(Q4_0().from_bytes(shifted).dequantize(), Q4_0().from_bytes(data).dequantize())
+
+
+def test_limits_are_in_order_where_the_scale_is_negative():
+    fmt, w = Q4_0(), torch.linspace(-1, 2, 32).view(1, 32)  # the largest |w| is positive: d = 2 / −8
+    low, high = fmt.limits(fmt.fit(w), w.shape)
+    assert (low == -1.75).all() and (high == 2).all()
