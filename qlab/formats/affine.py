@@ -15,13 +15,13 @@ heads = attention heads, cut from the rows (q, k, v) or from the columns (o).
 import torch
 from torch import Tensor
 
-from qlab.formats.base import Format, Params, check_weights
+from qlab.formats.base import Params, check_weights
+from qlab.formats.granularity import Granular
 
-GRANULARITIES = ("tensor", "channel", "group", "head")
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # 1/scale must not overflow
 
 
-class IntAffine(Format):
+class IntAffine(Granular):
     """Integers of 1 to 8 bits with one scale (and zero point) per tensor, output channel, group of a row, or attention head.
 
     Parameters
@@ -65,26 +65,12 @@ class IntAffine(Format):
     ):
         if bits not in range(1, 9):
             raise ValueError(f"IntAffine takes 1 to 8 bits, got bits={bits}")
-        if granularity not in GRANULARITIES:
-            raise ValueError(f"granularity must be one of {', '.join(GRANULARITIES)}, got {granularity!r}")
         if symmetric and narrow and bits == 1:
             raise ValueError("symmetric narrow codes at 1 bit would be only 0: use symmetric=False, or narrow=False")
         if symmetric and float_zero_point:
             raise ValueError("a symmetric format has no zero point: float_zero_point needs symmetric=False")
-        if (granularity == "group") != (group_size is not None):
-            raise ValueError(
-                f"group_size belongs to granularity='group': got {granularity!r} and group_size={group_size}"
-            )
-        if (granularity == "head") != (heads is not None):
-            raise ValueError(f"heads belongs to granularity='head': got {granularity!r} and heads={heads}")
-        for name, value in {"group_size": group_size, "heads": heads}.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if head_axis not in (0, 1):
-            raise ValueError(f"head_axis is 0 (rows of q, k, v) or 1 (columns of o), got {head_axis}")
-        self.bits, self.symmetric, self.granularity = bits, symmetric, granularity
-        self.group_size, self.heads, self.head_axis = group_size, heads, head_axis
-        self.narrow, self.float_zero_point, self.param_dtype = narrow, float_zero_point, param_dtype
+        super().__init__(granularity, group_size, heads, head_axis, param_dtype)
+        self.bits, self.symmetric, self.narrow, self.float_zero_point = bits, symmetric, narrow, float_zero_point
         if symmetric:
             self.qmax = 2 ** (bits - 1) - 1
             self.qmin = -self.qmax if narrow else -(2 ** (bits - 1))
@@ -93,35 +79,6 @@ class IntAffine(Format):
             self.qmin, self.qmax = 0, 2**bits - 1
         self.lowest_code = self.qmin
         self.values = torch.arange(self.qmin, self.qmin + 2**bits, dtype=torch.float32)
-
-    def blocks(self, w: Tensor) -> Tensor:
-        if self.granularity == "tensor":
-            return w.reshape(-1)
-        if w.dim() == 0:
-            raise ValueError(f"granularity={self.granularity!r} needs at least one axis, got a scalar; use 'tensor'")
-        if self.granularity == "channel":
-            return w.reshape(w.shape[0], -1) if w.numel() else w.reshape(w.shape[0], 0)
-        if self.granularity == "group":
-            if w.shape[-1] % self.group_size:
-                raise ValueError(
-                    f"group_size={self.group_size} does not divide the row: a weight of shape {tuple(w.shape)} has rows of "
-                    f"{w.shape[-1]}. Choose a divisor of {w.shape[-1]}, or granularity='channel'."
-                )
-            return w.reshape(*w.shape[:-1], w.shape[-1] // self.group_size, self.group_size)
-        if w.dim() != 2 or w.shape[self.head_axis] % self.heads:
-            raise ValueError(
-                f"heads={self.heads} along axis {self.head_axis} does not divide a weight of shape {tuple(w.shape)}: "
-                f"a 2-D weight with that axis a multiple of the heads is needed"
-            )
-        head_dim = w.shape[self.head_axis] // self.heads
-        if self.head_axis == 0:
-            return w.reshape(self.heads, head_dim * w.shape[1])
-        return w.reshape(w.shape[0], self.heads, head_dim).movedim(1, 0).reshape(self.heads, -1)
-
-    def unblocks(self, blocks: Tensor, shape: torch.Size) -> Tensor:
-        if self.granularity == "head" and self.head_axis == 1:
-            blocks = blocks.view(self.heads, shape[0], shape[1] // self.heads).movedim(0, 1)
-        return blocks.reshape(shape)
 
     def fit(self, w: Tensor) -> Params:
         """Min-max of each block."""
@@ -190,12 +147,6 @@ class IntAffine(Format):
         return values.mul_(params["scale"].float().unsqueeze(-1))
 
     def __repr__(self) -> str:
-        where = {"group": f"group {self.group_size}", "head": f"{self.heads} heads of axis {self.head_axis}"}
-        parts = [
-            f"bits={self.bits}",
-            "symmetric" if self.symmetric else "asymmetric",
-            where.get(self.granularity, f"per {self.granularity}"),
-        ]
+        parts = [f"bits={self.bits}", "symmetric" if self.symmetric else "asymmetric", self.layout_name()]
         parts += ["all codes"] * (self.symmetric and not self.narrow) + ["float zero_point"] * self.float_zero_point
-        parts += [str(self.param_dtype).removeprefix("torch.")] * (self.param_dtype != torch.float32)
         return f"IntAffine({', '.join(parts)})"

@@ -3,10 +3,11 @@
     weights ──fit──▶ params      how the grid lies (scale, zero_point, absmax): a few numbers per block of weights
     weights ──encode(params)──▶ codes      the grid point of each weight, a small integer
     codes   ──decode(params)──▶ weights'
-    quantize = fit + encode, packed
+    quantize = fit + encode, packed, with the params as `stored`
 
 A *block* is the set of weights that share one set of params. `blocks(w)` lays every block along the last axis, and each
-param has the shape of `blocks(w)` without that axis.
+param has the shape of `blocks(w)` without that axis, but for tables (a codebook has further axes) and for what is itself
+stored in blocks (double quantization, Q4_K): there the format says the shape.
 """
 
 from dataclasses import dataclass
@@ -20,15 +21,18 @@ Params = dict[str, Tensor]
 
 
 class Format:
-    """One way to store numbers. A subclass gives `bits`, `values`, `blocks`, `unblocks`, `fit`, `encode` and `rescale`.
+    """One way to store numbers. A subclass gives `bits`, `values`, `blocks`, `unblocks`, `fit`, `encode` and `rescale`, or,
+    where codes do not stand for fixed numbers (learned tables, casts), `decode` and `dequantize` in place of `values`.
 
     Attributes
     ----------
-    bits : bits per stored code, params not counted.
+    bits : bits per stored code, params not counted. What a weight costs in the end is `QTensor.bits_per_weight`.
     values : (2**bits,) float32, the number each stored code stands for before its block's params are applied.
     lowest_code : the code stored as 0 (below zero for signed integer formats).
     affine : True if w' = scale · (code − zero_point).
     float_zero_point : True if zero_point may fall between codes.
+    refits : True if a group of columns has params of its own, so that a method that changes the weights column by column
+        can fit each group when it comes to it.
     """
 
     bits: int
@@ -37,6 +41,7 @@ class Format:
     code_dtype: torch.dtype = torch.uint8
     affine: bool = False
     float_zero_point: bool = False
+    refits: bool = False
 
     def blocks(self, w: Tensor) -> Tensor:
         """w laid out as (…, n): the n weights along the last axis share their params. Raises ValueError if w cannot be cut so."""
@@ -49,6 +54,13 @@ class Format:
     def fit(self, w: Tensor) -> Params:
         """Params for w, from its own values. Raises ValueError on NaN or Inf, TypeError on a tensor that is not floating point."""
         raise NotImplementedError(f"{type(self).__name__} does not define fit")
+
+    def stored(self, params: Params) -> Params:
+        """The params of `fit` as they are kept: rounded where the format rounds them, without those that only `encode` needs.
+
+        `decode` takes either.
+        """
+        return params
 
     def encode(self, w: Tensor, params: Params) -> Tensor:
         """Codes of w, integer, shape of w. Raises like `fit`."""
@@ -74,7 +86,22 @@ class Format:
         """fit + encode, packed. w: any floating-point tensor; w itself is not changed."""
         w = w.detach()
         params = self.fit(w)
-        return QTensor(self, self.pack(self.encode(w, params)), params, w.shape, w.dtype)
+        return QTensor(self, self.pack(self.encode(w, params)), self.stored(params), w.shape, w.dtype)
+
+    def per_row(self) -> "Format":
+        """The same grid with one block per row, for a matrix of any number of columns, one column alone included.
+
+        With `row_params` it is what methods that choose codes column by column (GPTQ) work with. Raises ValueError where
+        columns cannot be encoded apart from each other.
+        """
+        raise ValueError(f"{self} cannot be encoded column by column: the codes of a row depend on each other")
+
+    def row_params(self, params: Params, shape: torch.Size) -> Params:
+        """Params as (out, n, …): those of column group i of n for every row of a weight of `shape` (out, in).
+
+        params: from `fit`. Views of them where `refits`: writing to them sets the params of a group.
+        """
+        raise ValueError(f"{self} cannot be encoded column by column: the codes of a row depend on each other")
 
     def pack(self, codes: Tensor) -> Tensor:
         """Codes as stored: (bytes,) uint8."""

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qlab.formats.affine import IntAffine
-from qlab.formats.base import Format, Params, QTensor, check_weights
+from qlab.formats.base import Params, QTensor, check_weights
+from qlab.formats.granularity import Granular
 from qlab.formats.packing import pack
 
 WORD = 64
@@ -33,7 +33,7 @@ PAIRS, NIBBLES, BYTES, ONES = 0x5555555555555555, 0x3333333333333333, 0x0F0F0F0F
 TILE = 2**15  # products held at once: their words (8 bytes each) stay in a core's cache
 
 
-class Binary(Format):
+class Binary(Granular):
     """One bit a weight: codes 0 and 1 stand for −scale and +scale. scale = mean |w| of the block, XNOR-Net eq. (6).
 
     Parameters
@@ -58,15 +58,7 @@ class Binary(Format):
     def __init__(
         self, granularity: str = "channel", group_size: int | None = None, param_dtype: torch.dtype = torch.float32
     ):
-        self.granularity, self.group_size, self.param_dtype = granularity, group_size, param_dtype
-        # which weights share a scale
-        self.layout = IntAffine(granularity=granularity, group_size=group_size, param_dtype=param_dtype)
-
-    def blocks(self, w: Tensor) -> Tensor:
-        return self.layout.blocks(w)
-
-    def unblocks(self, blocks: Tensor, shape: torch.Size) -> Tensor:
-        return self.layout.unblocks(blocks, shape)
+        super().__init__(granularity, group_size, param_dtype=param_dtype)
 
     def fit(self, w: Tensor) -> Params:
         mean = mean_abs(w, self.blocks(w))
@@ -87,12 +79,7 @@ class Binary(Format):
         return values.mul_(params["scale"].float().unsqueeze(-1))
 
     def __repr__(self) -> str:
-        return f"Binary({layout_name(self.layout)})"
-
-
-def layout_name(layout: IntAffine) -> str:
-    """How the weights share params, as IntAffine's repr says it after bits and symmetry: "per channel", "group 128, float16"."""
-    return IntAffine.__repr__(layout).removesuffix(")").split(", ", 2)[2]
+        return f"Binary({self.layout_name()})"
 
 
 def mean_abs(w: Tensor, blocks: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ Rounding: Q4_0 and Q4_1 half up (trunc(x + 0.5) of a number ≥ 0), Q8_0 half aw
 Axis legend: row = in, the last axis of a weight; n_blocks = in / block_size.
 """
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -27,10 +29,12 @@ def over(numerator: float | Tensor, x: Tensor) -> Tensor:
 class RowBlocks(Format):
     """Blocks of `block_size` neighbouring weights of one row. A row that does not divide is refused."""
 
-    block_size: int
+    block_size: int | None
 
     def blocks(self, w: Tensor) -> Tensor:
         """(…, n_blocks, block_size)."""
+        if self.block_size is None:  # per row
+            return w
         if w.dim() == 0 or w.shape[-1] % self.block_size:
             raise ValueError(
                 f"{self} cuts rows into blocks of {self.block_size}, which do not divide a weight of shape "
@@ -48,6 +52,16 @@ class RowBlocks(Format):
         if w.dtype == torch.float64:
             check_weights(blocks)
         return blocks
+
+    refits = True
+
+    def per_row(self) -> "RowBlocks":
+        rows = copy.copy(self)
+        rows.block_size = None
+        return rows
+
+    def row_params(self, params: Params, shape: torch.Size) -> Params:
+        return params
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
@@ -124,28 +138,18 @@ class GGUFBlock(RowBlocks):
         return stored
 
 
-class MeasuredBlock(GGUFBlock):
-    """Q4_0, Q4_1, Q8_0: `measure` gives the constants in float32, the codes are chosen with those, and only then are they
-    cut to float16. So quantize(w) is ggml's, while encode(w, fit(w)) takes the codes nearest on the stored grid."""
+class HalfBlock(GGUFBlock):
+    """Q4_0, Q4_1, Q8_0: `fit` gives the constants in float32, the codes are chosen with those, and only then are they cut to
+    float16, as ggml does."""
 
-    def measure(self, w: Tensor) -> Params:
-        """The constants of each block in float32, (…, n_blocks). Raises like `fit`."""
-        raise NotImplementedError(f"{type(self).__name__} does not define measure")
-
-    def fit(self, w: Tensor) -> Params:
-        return self.half(self.measure(w))
-
-    def quantize(self, w: Tensor) -> QTensor:
-        w = w.detach()
-        exact = self.measure(w)
-        params = self.half(exact)
-        return QTensor(self, self.pack(self.encode(w, exact)), params, w.shape, w.dtype)
+    def stored(self, params: Params) -> Params:
+        return self.half(params)
 
     def rescale(self, values: Tensor, params: Params) -> Tensor:
         return values.mul_(params["scale"].float().unsqueeze(-1))
 
 
-class Q4_0(MeasuredBlock):
+class Q4_0(HalfBlock):
     """4-bit blocks of 32: d spans −8 … 7, with the sign that puts the largest weight on −8. 4.5 bits a weight.
 
     Params: scale = d, (…, n_blocks) float16, of either sign. Codes int8; a file stores code + 8.
@@ -158,7 +162,7 @@ class Q4_0(MeasuredBlock):
     bits, lowest_code, code_dtype, affine = 4, -8, torch.int8, True
     values = torch.arange(-8.0, 8.0)
 
-    def measure(self, w: Tensor) -> Params:
+    def fit(self, w: Tensor) -> Params:
         blocks = self.float_blocks(w)
         largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
         return {"scale": largest.squeeze(-1) / -8}
@@ -168,7 +172,7 @@ class Q4_0(MeasuredBlock):
         return self.unblocks((x + 8.5).trunc().clamp(0, 15).to(torch.int8) - 8, w.shape)
 
 
-class Q4_1(MeasuredBlock):
+class Q4_1(HalfBlock):
     """4-bit blocks of 32 from min to max: w' = d · q + m. 5 bits a weight.
 
     Params: scale = d, min = m, both (…, n_blocks) float16. 0.0 is not exact in general.
@@ -178,7 +182,7 @@ class Q4_1(MeasuredBlock):
     values = torch.arange(0.0, 16.0)
     constants = {"scale": (torch.float16, 1), "min": (torch.float16, 1)}
 
-    def measure(self, w: Tensor) -> Params:
+    def fit(self, w: Tensor) -> Params:
         low, high = torch.aminmax(self.float_blocks(w), dim=-1)
         return {"scale": (high - low) / 15, "min": low}
 
@@ -191,13 +195,13 @@ class Q4_1(MeasuredBlock):
         return super().rescale(values, params).add_(params["min"].float().unsqueeze(-1))
 
 
-class Q8_0(MeasuredBlock):
+class Q8_0(HalfBlock):
     """8-bit blocks of 32: d = amax / 127. 8.5 bits a weight. Params: scale = d, (…, n_blocks) float16. Codes int8."""
 
     bits, lowest_code, code_dtype, affine = 8, -128, torch.int8, True
     values = torch.arange(-128.0, 128.0)
 
-    def measure(self, w: Tensor) -> Params:
+    def fit(self, w: Tensor) -> Params:
         return {"scale": self.float_blocks(w).abs().amax(-1) / 127}
 
     def encode(self, w: Tensor, params: Params) -> Tensor:

@@ -10,10 +10,12 @@ Quantization" (eq. 4) and "Double Quantization".
 Axis legend: n_blocks = ceil(w.numel() / block_size); the last block may be short.
 """
 
+import copy
+
 import torch
 from torch import Tensor
 
-from qlab.formats.base import Format, Params, QTensor, check_weights
+from qlab.formats.base import Format, Params, check_weights
 
 # The format's own table, as released with the paper; `normal_float_levels` derives it.
 NF4_LEVELS = (
@@ -77,7 +79,7 @@ class BlockCodebook(Format):
     double_quant : store absmax itself in 8 bits: its mean is subtracted, and blocks of 256 of the rest are quantized to
         the dynamic map with one float32 absmax each. 32/64 = 0.5 bits a weight become 8/64 + 32/(64·256) = 0.127.
 
-    Params: absmax (n_blocks,) float32; with double_quant: absmax_code (n_blocks,) uint8, absmax_scale
+    Params: absmax (n_blocks,) float32; with double_quant they are stored as absmax_code (n_blocks,) uint8, absmax_scale
     (ceil(n_blocks / 256),) float32, absmax_offset () float32.
     """
 
@@ -96,27 +98,34 @@ class BlockCodebook(Format):
 
     def blocks(self, w: Tensor) -> Tensor:
         """(n_blocks, block_size); a short last block is filled with zeros."""
-        return _flat_blocks(w, self.block_size)
+        return _flat_blocks(w, self.block_size or w.shape[-1])
 
     def unblocks(self, blocks: Tensor, shape: torch.Size) -> Tensor:
         return blocks.reshape(-1)[: shape.numel()].view(shape)
 
     def fit(self, w: Tensor) -> Params:
-        absmax = self._block_absmax(w)
-        return self._double_quantize(absmax) if self.double_quant else {"absmax": absmax}
-
-    def quantize(self, w: Tensor) -> QTensor:
-        """As bitsandbytes does: codes are chosen with the exact absmax, and only then is absmax itself quantized."""
-        w = w.detach()
-        absmax = self._block_absmax(w)
-        packed = self.pack(self.encode(w, {"absmax": absmax}))
-        params = self._double_quantize(absmax) if self.double_quant else {"absmax": absmax}
-        return QTensor(self, packed, params, w.shape, w.dtype)
-
-    def _block_absmax(self, w: Tensor) -> Tensor:
+        """The exact absmax: as in bitsandbytes codes are chosen with it, and only then is absmax itself quantized."""
         low, high = torch.aminmax(self.blocks(w), dim=-1)
         check_weights(w, low, high)
-        return torch.maximum(-low, high).float()
+        return {"absmax": torch.maximum(-low, high).float()}
+
+    def stored(self, params: Params) -> Params:
+        return self._double_quantize(params["absmax"]) if self.double_quant else params
+
+    refits = True
+
+    def per_row(self) -> "BlockCodebook":
+        rows = copy.copy(self)
+        rows.block_size, rows.double_quant = None, False  # None: as long as the row
+        return rows
+
+    def row_params(self, params: Params, shape: torch.Size) -> Params:
+        if shape[1] % self.block_size:
+            raise ValueError(
+                f"{self} cannot be encoded column by column on a weight of shape {tuple(shape)}: blocks of "
+                f"{self.block_size} run over the ends of its rows. Choose a block_size that divides {shape[1]}"
+            )
+        return {"absmax": params["absmax"].view(shape[0], -1)}
 
     def _double_quantize(self, absmax: Tensor) -> Params:
         offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
@@ -140,7 +149,9 @@ class BlockCodebook(Format):
         absmax = self.absmax(params).clamp(min=SMALLEST_ABSMAX).unsqueeze(-1)
         blocks = self.blocks(w).float()
         normalized = blocks * (1 / absmax)
-        if w.numel() % self.block_size:  # bitsandbytes divides the short last block and multiplies all others
+        if (
+            self.block_size and w.numel() % self.block_size
+        ):  # bitsandbytes divides the short last block and multiplies all others
             normalized[-1] = blocks[-1] / absmax[-1]
         return self.unblocks(nearest_code(normalized, self.levels.to(w.device)), w.shape)
 

@@ -15,7 +15,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from qlab.formats.base import Params
+from qlab.formats.base import Format, Params
 from qlab.formats.blocks import GGUFBlock, over
 
 SEARCHED_AT_ONCE = 4096  # sub-blocks whose search fits in a processor's cache
@@ -35,6 +35,13 @@ class Q4_K(GGUFBlock):
     bits, block_size, nibble_span = 4, 256, 32
     values = torch.arange(0.0, 16.0)
     constants = {"scale": (torch.float16, 1), "min": (torch.float16, 1), "sub_scales": (torch.uint8, 12)}
+
+    refits = False
+
+    def per_row(self) -> Format:
+        raise ValueError(
+            f"{self} cannot be encoded column by column: the scales of a block's sub-blocks are stored together"
+        )
 
     def blocks(self, w: Tensor) -> Tensor:
         """(…, n_blocks, 8, 32)."""

@@ -86,6 +86,10 @@ class NVFP4(RowBlocks):
 
     bits, block_size = 4, 16
     values = E2M1_VALUES
+    refits = False  # all groups share the tensor's scale
+
+    def row_params(self, params: Params, shape: torch.Size) -> Params:
+        return params | {"tensor_scale": params["tensor_scale"].expand(params["scale"].shape)}
 
     def fit(self, w: Tensor) -> Params:
         amax = self.float_blocks(w).abs().amax(-1)

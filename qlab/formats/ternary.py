@@ -18,7 +18,6 @@ A trit holds log2(3) = 1.585 bits; 3⁵ = 243 of the 256 values of a byte hold f
 Axis legend: n = number of weights.
 """
 
-from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from qlab.formats.affine import SMALLEST_SCALE, IntAffine
 from qlab.formats.base import Params, QTensor, check_weights
-from qlab.formats.binary import layout_name, mean_abs
+from qlab.formats.binary import mean_abs
 
 RULES = ("twn", "bitnet")
 SMALLEST_BITNET_SCALE = 1e-5
@@ -42,7 +41,7 @@ class Ternary(IntAffine):
     granularity, group_size, heads, head_axis, param_dtype : as for IntAffine. Both papers use one scale per layer: "tensor".
 
     Params: scale (param_dtype, weight units), shaped like `blocks(w)` without its last axis. With "twn" `fit` also gives
-    threshold (float32, weight units): `encode` needs it, `decode` does not, so `quantize` does not store it. Without a
+    threshold (float32, weight units): `encode` needs it, `decode` does not, so it is not stored. Without a
     threshold `encode` takes the nearest code, which is the rule |w| > scale / 2.
 
     Raises ValueError for an unknown rule and for settings that contradict each other.
@@ -90,10 +89,9 @@ class Ternary(IntAffine):
         codes = (blocks > threshold).to(torch.int8) - (blocks < -threshold).to(torch.int8)
         return self.unblocks(codes, w.shape)
 
-    def quantize(self, w: Tensor) -> QTensor:
-        """fit + encode, packed; the threshold has done its work and is not stored."""
-        q = super().quantize(w)
-        return replace(q, params={"scale": q.params["scale"]})
+    def stored(self, params: Params) -> Params:
+        """The scale: the threshold has done its work."""
+        return {"scale": params["scale"]}
 
     def pack(self, codes: Tensor) -> Tensor:
         """(ceil(n / 5),) uint8."""
@@ -107,7 +105,7 @@ class Ternary(IntAffine):
         return self.unblocks(self.rescale(self.blocks(values), q.params), q.shape)
 
     def __repr__(self) -> str:
-        return f"Ternary({self.rule!r}, {layout_name(self)})"
+        return f"Ternary({self.rule!r}, {self.layout_name()})"
 
 
 def _mean_beyond(blocks: Tensor, threshold: Tensor) -> Tensor:

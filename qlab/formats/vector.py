@@ -12,9 +12,8 @@ sub-vectors of a sub-space, d = sub_dim.
 import torch
 from torch import Tensor
 
-from qlab.formats.affine import IntAffine
 from qlab.formats.base import Format, Params, QTensor, check_weights
-from qlab.formats.binary import layout_name
+from qlab.formats.granularity import Granular
 from qlab.formats.kmeans import SortedNumbers, kmeans_plus_plus, lloyd, midpoints_down, nearest, sort_numbers
 
 SLICE = 1 << 20  # numbers worked on at once where blocks are independent: it bounds memory and stays near the caches
@@ -41,7 +40,7 @@ class LearnedCodebook(Format):
         return self.decode(q.codes, q.params)
 
 
-class KMeans(LearnedCodebook):
+class KMeans(Granular, LearnedCodebook):
     """2**bits levels per block, placed by k-means; a code is the index of the nearest level, the lower one at a midpoint.
 
     Parameters
@@ -69,16 +68,8 @@ class KMeans(LearnedCodebook):
         iterations: int = 300,
         param_dtype: torch.dtype = torch.float32,
     ):
-        super().__init__(bits, seed, iterations, param_dtype)
-        self.granularity, self.group_size = granularity, group_size
-        # which weights share a table
-        self.layout = IntAffine(granularity=granularity, group_size=group_size, param_dtype=param_dtype)
-
-    def blocks(self, w: Tensor) -> Tensor:
-        return self.layout.blocks(w)
-
-    def unblocks(self, blocks: Tensor, shape: torch.Size) -> Tensor:
-        return self.layout.unblocks(blocks, shape)
+        Granular.__init__(self, granularity, group_size)
+        LearnedCodebook.__init__(self, bits, seed, iterations, param_dtype)
 
     def fit(self, w: Tensor) -> Params:
         check_weights(w)
@@ -113,7 +104,7 @@ class KMeans(LearnedCodebook):
         return lowest, highest
 
     def __repr__(self) -> str:
-        return f"KMeans(bits={self.bits}, {layout_name(self.layout)})"
+        return f"KMeans(bits={self.bits}, {self.layout_name()})"
 
 
 class ProductQuantizer(LearnedCodebook):

@@ -9,7 +9,7 @@ State dict, all tensors of one layer:
 | key | shape, dtype | present |
 |---|---|---|
 | packed | (bytes,) uint8 | always |
-| scale, zero_point, absmax, … | as the format's `fit` returns it | one for each param of the format |
+| scale, zero_point, absmax, … | as the format keeps it (`stored`) | one for each param of the format |
 | bias | (out,), the layer's dtype | if the layer has one |
 | input_scale | (in,) float32 | if a Transform was not folded into the producer |
 | g_idx | (in,) int32 | if the groups of columns are not contiguous |
