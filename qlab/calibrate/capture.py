@@ -39,27 +39,33 @@ def capture(
     layers: Iterable[str] | None = None,
     keep: tuple[str, ...] = STATISTICS[:3],
     dtype: torch.dtype = torch.float32,
+    stop: bool = False,
 ) -> dict[str, InputStats]:
     """name → statistics of the layer's input, over all tokens of all batches.
 
     layers: full names of any modules whose input is (…, in); None: all linear layers.
     keep, dtype: as in InputStats. "hessian" is kept only where it is asked for.
+    stop: end each forward once it has reached every one of `layers`. For layers that a forward reaches once.
 
     The model runs in eval mode without gradients; modes are put back and hooks removed, after an error too.
     Raises ValueError for a name that is no module, and for layers that no batch reached, naming them. Errors on an input
     (NaN, integers, another width than before) name the layer in a note.
     """
-    return _watch(model, batches, {name: InputStats(keep, dtype) for name in _names(model, layers)})
+    return _watch(model, batches, {name: InputStats(keep, dtype) for name in _names(model, layers)}, stop)
 
 
 def observe_inputs(
-    model: nn.Module, batches: Iterable, make: Callable[[], Observer], layers: Iterable[str] | None = None
+    model: nn.Module,
+    batches: Iterable,
+    make: Callable[[], Observer],
+    layers: Iterable[str] | None = None,
+    stop: bool = False,
 ) -> dict[str, Observer]:
     """name → range observer that has seen the layer's input; make: a new observer for each layer, e.g. `Entropy`.
 
     Everything else is as in `capture`.
     """
-    return _watch(model, batches, {name: make() for name in _names(model, layers)})
+    return _watch(model, batches, {name: make() for name in _names(model, layers)}, stop)
 
 
 def inputs_of(model: nn.Module, batches: Iterable, name: str) -> list[Call]:
@@ -76,11 +82,11 @@ def inputs_of(model: nn.Module, batches: Iterable, name: str) -> list[Call]:
 
     handle = model.get_submodule(name).register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        with _evaluating(model):
+        with evaluating(model):
             for number, batch in enumerate(batches):
                 mask = _mask(batch)
                 with contextlib.suppress(_Reached):
-                    _run(model, batch)
+                    run(model, batch)
                 if len(calls) == number:
                     raise ValueError(f"batch {number} did not reach {name!r}")
     finally:
@@ -92,9 +98,9 @@ class _Reached(Exception):
     """Ends a forward at the module whose input was wanted."""
 
 
-def _watch(model: nn.Module, batches: Iterable, watchers: dict) -> dict:
+def _watch(model: nn.Module, batches: Iterable, watchers: dict, stop: bool) -> dict:
     """Show each watcher, by its `observe`, every input of the layer it is named after."""
-    seen, mask = dict.fromkeys(watchers, 0), None
+    seen, mask, reached = dict.fromkeys(watchers, 0), None, set()
 
     def hook_for(name):
         def hook(module, args, kwargs):
@@ -105,17 +111,22 @@ def _watch(model: nn.Module, batches: Iterable, watchers: dict) -> dict:
                 error.add_note(f"while observing the input of {name!r}")
                 raise
             seen[name] += x.numel()
+            reached.add(name)
+            if stop and len(reached) == len(watchers):
+                raise _Reached
 
         return hook
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_evaluating(model))
+        stack.enter_context(evaluating(model))
         for name in watchers:
             handle = model.get_submodule(name).register_forward_pre_hook(hook_for(name), with_kwargs=True)
             stack.callback(handle.remove)
         for batch in batches:
             mask = _mask(batch)
-            _run(model, batch)
+            reached.clear()
+            with contextlib.suppress(_Reached):
+                run(model, batch)
     if missed := [name for name, values in seen.items() if not values]:
         raise ValueError(
             f"no batch reached {len(missed)} of {len(seen)} layers: {', '.join(missed)}. Leave them out of `layers`, or "
@@ -140,7 +151,7 @@ def _names(model: nn.Module, layers: Iterable[str] | None) -> list[str]:
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module):
+def evaluating(model: nn.Module):
     """Eval mode and no gradients; afterwards each module is in the mode it was in."""
     if "bitsandbytes" in sys.modules:  # an eval forward would repack its 4-bit weights
         guard_bitsandbytes(model)
@@ -154,22 +165,22 @@ def _evaluating(model: nn.Module):
             module.training = training
 
 
-def _run(model: nn.Module, batch) -> None:
+def run(model: nn.Module, batch):
+    """What the model returns for a batch, whose tensors are moved to the device of the model."""
     first = next((tensor for tensors in (model.parameters(), model.buffers()) for tensor in tensors), None)
 
     def here(value):
         return value.to(first.device) if isinstance(value, Tensor) and first is not None else value
 
     if isinstance(batch, Call):
-        model(*batch.args, **batch.kwargs)
-    elif isinstance(batch, Mapping):
-        model(**{name: here(value) for name, value in batch.items()})
-    elif isinstance(batch, Tensor):
-        model(here(batch))
-    elif isinstance(batch, tuple | list):
-        model(*map(here, batch))
-    else:
-        raise TypeError(f"a batch is a mapping, a tensor, a tuple or a Call, got {type(batch).__name__}")
+        return model(*batch.args, **batch.kwargs)
+    if isinstance(batch, Mapping):
+        return model(**{name: here(value) for name, value in batch.items()})
+    if isinstance(batch, Tensor):
+        return model(here(batch))
+    if isinstance(batch, tuple | list):
+        return model(*map(here, batch))
+    raise TypeError(f"a batch is a mapping, a tensor, a tuple or a Call, got {type(batch).__name__}")
 
 
 def _mask(batch) -> Tensor | None:

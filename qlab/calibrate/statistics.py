@@ -17,6 +17,16 @@ STATISTICS = ("amax", "mean_abs", "second_moment", "hessian")
 SLICE = 1 << 20  # values converted to another dtype at a time
 
 
+def output_error(difference: Tensor, hessian: Tensor) -> Tensor:
+    """Mean square of each output's error on the observed inputs: (out,), half of the diagonal of D·H·Dᵀ.
+
+    difference: (out, in), D = W' − W. hessian: (in, in), of InputStats. The objective of GPTQ, eq. (1), over the number of
+    tokens, without running the layer.
+    """
+    difference = difference.to(hessian.dtype)
+    return (difference @ hessian).mul_(difference).sum(1) / 2
+
+
 class InputStats:
     """`observe` inputs, then read the statistics.
 
@@ -113,6 +123,22 @@ class InputStats:
         if not hessian.isfinite().all():
             raise ValueError(f"X·Xᵀ is not finite in {self.dtype}: capture with dtype=torch.float64, or look at amax")
         return hessian
+
+    def divided_by(self, scale: Tensor) -> "InputStats":
+        """The statistics of x / scale, as if those inputs had been observed. scale: (in,) > 0.
+
+        Raises ValueError where the shape does not fit or a scale is not finite and above 0.
+        """
+        channels = next(iter(self._sums.values())).shape[-1] if self._sums else len(scale)
+        if tuple(scale.shape) != (channels,) or not (scale.isfinite() & (scale > 0)).all():
+            raise ValueError(f"a scale is ({channels},), finite and above 0, got shape {tuple(scale.shape)}: {scale}")
+        scaled = InputStats(self.keep, self.dtype)
+        scaled.tokens = self.tokens
+        inverse = 1 / scale.double()
+        powers = {"amax": inverse, "mean_abs": inverse, "second_moment": inverse.square()}
+        powers["hessian"] = torch.outer(inverse, inverse)
+        scaled._sums = {name: (total * powers[name]).to(total.dtype) for name, total in self._sums.items()}
+        return scaled
 
     def __repr__(self) -> str:
         return f"InputStats({self.tokens} tokens, {', '.join(self.keep)})"

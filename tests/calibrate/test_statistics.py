@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlab.calibrate import STATISTICS, InputStats
+from qlab.calibrate import STATISTICS, InputStats, output_error
 from qlab.calibrate import statistics as module
 
 
@@ -116,3 +116,24 @@ def test_what_cannot_be_observed():
         InputStats(keep=("trace",))
     with pytest.raises(ValueError, match="bfloat16"):
         InputStats(dtype=torch.bfloat16)
+
+
+def test_divided_by_is_what_the_divided_inputs_would_give():
+    x, scale = torch.randn(50, 6, dtype=torch.float64), torch.tensor([0.5, 1.0, 2.0, 3.0, 0.1, 7.0])
+    stats, expected = InputStats(STATISTICS, torch.float64), InputStats(STATISTICS, torch.float64)
+    stats.observe(x)
+    expected.observe(x / scale)
+    divided = stats.divided_by(scale)
+    assert divided.tokens == 50
+    for name in STATISTICS:
+        torch.testing.assert_close(getattr(divided, name), getattr(expected, name))
+    for wrong in (scale[:5], scale * 0, scale * torch.inf):
+        with pytest.raises(ValueError, match=r"a scale is \(6,\), finite and above 0"):
+            stats.divided_by(wrong)
+
+
+def test_output_error_needs_no_forward():
+    x, w, changed = torch.randn(40, 6), torch.randn(3, 6), torch.randn(3, 6)
+    stats = InputStats(("hessian",))
+    stats.observe(x)
+    torch.testing.assert_close(output_error(changed - w, stats.hessian), (x @ (changed - w).T).square().mean(0))
