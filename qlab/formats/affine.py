@@ -112,6 +112,11 @@ class IntAffine(Granular):
         zero_point = -low / scale.float()
         if self.float_zero_point:
             zero_point = torch.where(constant, (low < 0).float(), zero_point).to(self.param_dtype)
+            if not zero_point.isfinite().all():
+                raise ValueError(
+                    f"a zero_point is Inf in {self.param_dtype}: a block is much narrower than it is far from 0; use "
+                    f"param_dtype=torch.float32, or a zero_point that is an integer"
+                )
         else:
             zero_point = zero_point.round().clamp(self.qmin, self.qmax).to(torch.uint8)
         return {"scale": scale, "zero_point": zero_point}

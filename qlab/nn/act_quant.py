@@ -1,10 +1,12 @@
 """ActQuant: activations rounded to the integers that a quantized matrix product would see.
 
 Gholami et al. 2021, "A Survey of Quantization Methods for Efficient Neural Network Inference", arXiv:2103.13630, section
-III-D (static and dynamic ranges); per-token scales: Yao et al. 2022, "ZeroQuant", arXiv:2206.01861, section 4.1.
+III-D (static and dynamic ranges); per-token scales: Yao et al. 2022, "ZeroQuant", arXiv:2206.01861, section 4.1; outlier
+columns: Dettmers et al. 2022, "LLM.int8()", arXiv:2208.07339, section 3.2.
 
     dynamic   scale and zero_point from the very x that is quantized, per token or per tensor
     static    one scale and zero_point for all x to come, from a range that was observed on calibration data
+    threshold columns of this x that hold an outlier are left as they are
 
 Axis legend: tokens = every axis of x but the last, flattened; in = its last axis.
 """
@@ -29,6 +31,9 @@ class ActQuant(FrozenBuffers):
     bits, symmetric, narrow : as in IntAffine.
     granularity : "token" (one scale for each token) | "tensor" (one for all of x).
     static : the range is frozen by `freeze`; needs granularity="tensor", because tokens to come have no scale yet.
+    threshold : None, or a size > 0, in activation units. Columns of x with any |x| ≥ threshold are then not quantized, and
+        those outliers do not count in the range of their token (the column's smaller numbers do, as in bitsandbytes).
+        Which columns is found anew in each call, so what else is in the batch has a say. Dynamic, per token only.
 
     The gradient is the straight-through estimator: 1 where x was rounded, 0 where a static range clipped it.
 
@@ -49,6 +54,7 @@ class ActQuant(FrozenBuffers):
         granularity: str = "token",
         static: bool = False,
         narrow: bool = True,
+        threshold: float | None = None,
     ):
         super().__init__()
         if granularity not in GRANULARITIES:
@@ -58,7 +64,14 @@ class ActQuant(FrozenBuffers):
                 "a static range cannot be per token, for tokens to come have no scale yet: use granularity='tensor', or "
                 "static=False"
             )
-        self.granularity, self.static = granularity, static
+        if threshold is not None and granularity != "token":
+            raise ValueError(
+                "a threshold leaves outliers out of the dynamic range of each token: it needs granularity='token' and "
+                f"static=False, got threshold={threshold}, granularity={granularity!r}, static={static}"
+            )
+        if threshold is not None and not 0 < threshold < math.inf:
+            raise ValueError(f"threshold must be finite and above 0, or None for no outliers, got {threshold}")
+        self.granularity, self.static, self.threshold = granularity, static, threshold
         self.format = IntAffine(bits, symmetric, GRANULARITIES[granularity], narrow=narrow)
         if static:
             self.register_buffer("scale", torch.tensor(math.nan))
@@ -89,25 +102,31 @@ class ActQuant(FrozenBuffers):
             raise RuntimeError(
                 "this static ActQuant has no range yet: observe calibration data and call freeze(*observer.range())"
             )
-        return dict(self.named_buffers()) if self.static else self.format.fit(_tokens(x))
+        return dict(self.named_buffers()) if self.static else self.format.fit(self._inliers(_tokens(x)))
+
+    def _inliers(self, tokens: Tensor) -> Tensor:
+        return tokens if self.threshold is None else tokens.masked_fill(tokens.abs() >= self.threshold, 0)
 
     def forward(self, x: Tensor) -> Tensor:
         check_activations(x)
-        x_hat = _StraightThrough.apply(_tokens(x), self.format, self.params(x.detach()), self.static)
+        tokens = _tokens(x)
+        x_hat = _StraightThrough.apply(self._inliers(tokens), self.format, self.params(x.detach()), self.static)
+        if self.threshold is not None:
+            x_hat = torch.where((tokens.abs() >= self.threshold).any(0), tokens, x_hat)
         return x_hat.view(x.shape)
 
     def config(self) -> dict:
         """The arguments that make this module anew, JSON types only."""
         fmt = self.format
         settings = {"bits": fmt.bits, "symmetric": fmt.symmetric, "granularity": self.granularity}
-        return settings | {"static": self.static, "narrow": fmt.narrow}
+        return settings | {"static": self.static, "narrow": fmt.narrow, "threshold": self.threshold}
 
     def extra_repr(self) -> str:
         how = "static" if self.static else "dynamic"
         sign = "symmetric" if self.format.symmetric else "asymmetric"
-        return (
-            f"bits={self.format.bits}, {sign}, {how} per {self.granularity}{', no range yet' * (not self.calibrated)}"
-        )
+        parts = [f"bits={self.format.bits}", sign, f"{how} per {self.granularity}"]
+        parts += [f"threshold={self.threshold}"] * (self.threshold is not None)
+        return ", ".join(parts + ["no range yet"] * (not self.calibrated))
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -253,3 +253,11 @@ def test_contradicting_settings(settings, message):
 def test_a_scale_too_small_for_fp16_is_refused():
     with pytest.raises(ValueError, match="float16"):
         IntAffine(4, param_dtype=torch.float16).quantize(torch.full((2, 4), 1e-12) * torch.arange(4))
+
+
+def test_a_float_zero_point_beyond_its_dtype_is_refused():
+    fmt = IntAffine(4, symmetric=False, granularity="channel", float_zero_point=True, param_dtype=torch.float16)
+    w = torch.linspace(1, 1 + 1e-5, 8).view(1, 8)
+    with pytest.raises(ValueError, match="zero_point is Inf in torch.float16"):
+        fmt.quantize(w)
+    torch.testing.assert_close(IntAffine(4, False, "channel", float_zero_point=True).quantize(w).dequantize(), w)

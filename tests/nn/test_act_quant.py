@@ -1,5 +1,6 @@
 """ActQuant: by hand, against torch's fake-quantize forward and backward, and on hostile activations."""
 
+import json
 import math
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from qlab.formats import IntAffine
-from qlab.nn import ActQuant
+from qlab.nn import ActQuant, QuantLinear
 
 SETTINGS = [(True, True), (True, False), (False, True)]  # symmetric, narrow
 
@@ -166,6 +167,73 @@ def test_casting_the_module_leaves_the_scale_alone():
     assert act.scale.device.type == "meta" and act.scale.dtype == torch.float32
 
 
+# --- outliers
+
+
+def test_columns_with_outliers_by_hand():
+    act = ActQuant(bits=2, threshold=6.0)  # codes −1, 0, 1
+    x = torch.tensor([[7.0, 1.0, -3.0, 0.4], [5.0, 0.25, 0.2, -6.0], [0.0, 0.2, 2.0, 1.1]])
+    assert act(x).tolist() == [[7, 0, -3, 0.4000000059604645], [5, 0, 0, -6], [0, 0, 2, 1.100000023841858]]
+    assert act.params(x)["scale"].tolist() == [3, 5, 2], (
+        "5 is below the threshold and counts, though its column is kept"
+    )
+    assert act.params(x[1])["scale"].tolist() == [5]
+
+
+def test_which_columns_is_found_in_each_call():
+    act, plain = ActQuant(bits=4, threshold=2.0), ActQuant(bits=4)
+    x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0)).clamp(-1.9, 1.9)
+    assert torch.equal(act(x), plain(x)) and not torch.equal(act(x), x)
+    louder = x.clone()
+    louder[1, 2, 5] = -2.0
+    kept, others = act(louder), [0, 1, 2, 3, 4, 6, 7]
+    assert torch.equal(kept[..., 5], louder[..., 5]), "in every token"
+    assert torch.equal(kept[:, :2, others], plain(x)[:, :2, others])
+    assert torch.equal(act(x), plain(x)), "nothing is remembered"
+
+
+def test_all_columns_hold_outliers_or_all_but_a_token():
+    act = ActQuant(threshold=0.5)
+    x = torch.tensor([[1.0, -2.0, 0.5], [0.1, 0.2, 0.3]])
+    assert torch.equal(act(x), x)
+    assert torch.equal(act(x[0]), x[0]) and act.params(x[0])["scale"].tolist() == [1]
+    assert act(torch.zeros(0, 3)).shape == (0, 3)
+
+
+@given(activations(), st.integers(2, 8), st.sampled_from(SETTINGS), st.floats(1e-3, 100))
+def test_a_threshold_on_any_activations(x, bits, settings, threshold):
+    act = ActQuant(bits, settings[0], narrow=settings[1], threshold=threshold)
+    x_hat = act(x)
+    assert x_hat.shape == x.shape and x_hat.dtype == x.dtype
+    tokens, result = x.reshape(-1, x.shape[-1]), x_hat.reshape(-1, x.shape[-1])
+    kept = (tokens.abs() >= threshold).any(0)
+    inliers = torch.where(tokens.abs() >= threshold, 0, tokens)
+    expected = ActQuant(bits, settings[0], narrow=settings[1])(inliers)
+    assert torch.equal(result[:, kept], tokens[:, kept]) and torch.equal(result[:, ~kept], expected[:, ~kept])
+
+
+def test_the_gradient_with_a_threshold_is_one_too():
+    x = torch.tensor([[-7.5, 7.5, 0.3], [1.0, 0.0, 0.0]], requires_grad=True)
+    upstream = torch.tensor([[1.0, 2, 3], [4, 5, 6]])
+    for settings in SETTINGS:
+        act = ActQuant(4, settings[0], narrow=settings[1], threshold=6.0)
+        (grad,) = torch.autograd.grad(act(x), x, upstream)
+        assert torch.equal(grad, upstream)
+
+
+def test_a_threshold_written_down_and_read_back():
+    act = ActQuant(bits=4, threshold=6.0)
+    config = json.loads(json.dumps(act.config()))
+    assert config["threshold"] == 6.0 and "threshold=6.0" in repr(act)
+    again = ActQuant(**config)
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)) * 4
+    assert torch.equal(again(x), act(x)) and repr(again) == repr(act)
+    assert ActQuant().config()["threshold"] is None and "threshold" not in repr(ActQuant())
+    layer = QuantLinear(IntAffine(8).quantize(torch.eye(8)), act_quant=act)
+    reread = QuantLinear.from_config(json.loads(json.dumps(layer.config())), layer.state_dict())
+    assert reread.act_quant.threshold == 6.0 and torch.equal(reread(x), layer(x))
+
+
 # --- hostile
 
 
@@ -185,6 +253,12 @@ def test_settings_that_contradict_each_other():
         ActQuant(bits=9)
     with pytest.raises(ValueError, match="freeze belongs to static=True"):
         ActQuant().freeze(-1, 1)
+    for static in (True, False):
+        with pytest.raises(ValueError, match="granularity='token' and static=False, got threshold=6.0, .*'tensor'"):
+            ActQuant(granularity="tensor", static=static, threshold=6.0)
+    for threshold in (0.0, -6, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"threshold must be finite and above 0.*got {threshold}"):
+            ActQuant(threshold=threshold)
     for low, high in ((1, -1), (-math.inf, 1), (0, math.nan), (torch.zeros(2), 1)):
         with pytest.raises(ValueError, match="two finite numbers"):
             ActQuant(granularity="tensor", static=True).freeze(low, high)
@@ -193,8 +267,9 @@ def test_settings_that_contradict_each_other():
 def test_activations_that_cannot_be_quantized():
     with pytest.raises(ValueError, match=r"1 NaN and 1 Inf in activations of shape \(1, 3\)"):
         ActQuant()(torch.tensor([[math.nan, 1.0, math.inf]]))
-    with pytest.raises(ValueError, match="0 NaN and 1 Inf in activations"):
-        ActQuant()(torch.tensor([-math.inf]))
+    for threshold in (None, 6.0):
+        with pytest.raises(ValueError, match="0 NaN and 1 Inf in activations"):
+            ActQuant(threshold=threshold)(torch.tensor([-math.inf]))
     with pytest.raises(TypeError, match="int64"):
         ActQuant()(torch.ones(2, 2, dtype=torch.long))
     with pytest.raises(ValueError, match="scalar"):
