@@ -1,4 +1,4 @@
-"""Speed and memory of the formats beside bitsandbytes and torchao, as ratios measured in one run.
+"""Speed and memory of formats and methods beside the libraries that have them too, as ratios measured in one run.
 
     make bench
 
@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from hqq.core.quantize import Quantizer
+from sklearn.cluster import KMeans as ClusterKMeans
 from torchao.quantization import to_nf4
 from torchao.quantization.quant_primitives import (
     MappingType,
@@ -21,8 +23,10 @@ from torchao.quantization.quant_primitives import (
     quantize_affine,
 )
 
-from qlab.formats import NF4, IntAffine
+from qlab.formats import NF4, IntAffine, KMeans
 from qlab.models import guard_bitsandbytes
+from qlab.ptq import gptq, hqq, quantize_model
+from qlab.train.sweep import LanguageTask, weight_format
 
 guard_bitsandbytes()
 import bitsandbytes.functional as bnb  # noqa: E402 (after the guard, which quiets its import)
@@ -48,28 +52,28 @@ def peak_memory(call: Callable) -> float:
     return (peak - before) * 1024
 
 
-def compare(name: str, w: torch.Tensor, ours: Callable, peers: dict[str, Callable]) -> None:
+def compare(name: str, w: torch.Tensor, ours: Callable, peers: dict[str, Callable], rounds: int = ROUNDS) -> None:
     calls = {"qlab": ours} | peers
     memory = {who: peak_memory(call) / w.nbytes for who, call in calls.items()}  # also the warm-up
     seconds = {who: [] for who in calls}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for who, call in calls.items():
             start = time.perf_counter()
             call()
             seconds[who].append(time.perf_counter() - start)
     for who in calls:
-        throughput = w.nbytes / statistics.median(seconds[who]) / 1e9
+        throughput = w.nbytes / statistics.median(seconds[who]) / 1e6
         ratio = statistics.median(peer / our for peer, our in zip(seconds[who], seconds["qlab"], strict=True))
         print(
-            f"{name:24} {who:14} {throughput:7.2f} GB/s   time {ratio:6.2f} × qlab's   peak memory {memory[who]:5.2f} × input"
+            f"{name:24} {who:14} {throughput:8.1f} MB/s   time {ratio:6.2f} × qlab's   peak memory {memory[who]:5.2f} × input"
         )
 
 
-def main() -> None:
+def formats() -> None:
     w = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
     threads = torch.get_num_threads()
     print(
-        f"{SHAPE[0]}×{SHAPE[1]} float32, {threads} threads, median of {ROUNDS} rounds; GB/s counts the float32 side\n"
+        f"{SHAPE[0]}×{SHAPE[1]} float32, {threads} threads, median of {ROUNDS} rounds; MB/s counts the float32 side\n"
     )
 
     block, group = 64, 128
@@ -111,5 +115,33 @@ def main() -> None:
     )
 
 
+def methods() -> None:
+    w = torch.randn(1024, 4096, generator=torch.Generator().manual_seed(0)) * 0.02
+    print("\n1024×4096 float32, median of 5 rounds\n")
+    x = torch.randn(8192, 4096, generator=torch.Generator().manual_seed(1)) * torch.linspace(0.1, 3, 4096)
+    hessian = x.T @ x * (2 / len(x))
+    group = IntAffine(4, symmetric=False, granularity="group", group_size=128)
+    compare("GPTQ int4 g128", w, lambda: gptq(w, hessian, group), {}, rounds=5)
+
+    float_zero = IntAffine(4, symmetric=False, granularity="group", group_size=64, float_zero_point=True)
+    peer = {"hqq": lambda: Quantizer.quantize(w, nbits=4, group_size=64, axis=1, device="cpu")}
+    compare("HQQ int4 g64", w, lambda: hqq(w, float_zero), peer, rounds=5)
+
+    points = w.reshape(-1, 1).numpy()
+    peer = {"scikit-learn": lambda: ClusterKMeans(16, n_init=1, random_state=0).fit(points)}
+    compare("k-means, 16 levels", w, lambda: KMeans(4).quantize(w), peer, rounds=3)
+
+
+def whole_model() -> None:
+    task = LanguageTask()
+    batches = task.calibration(seed=0)
+    start = time.perf_counter()
+    report = quantize_model(task.model, weight_format(4), "gptq", batches, progress=False)
+    seconds, tokens = time.perf_counter() - start, sum(batch["input_ids"].numel() for batch in batches)
+    print(f"\nGPTQ of qlab-mini, {len(report.layers)} layers, {tokens} tokens of calibration data: {seconds:.1f} s")
+
+
 if __name__ == "__main__":
-    main()
+    formats()
+    methods()
+    whole_model()

@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from qlab.formats import IntAffine
+from qlab.formats import Binary, Format, IntAffine
 from qlab.formats.base import Params
 from qlab.nn.base import FrozenBuffers, check_activations
 
@@ -28,7 +28,8 @@ class ActQuant(FrozenBuffers):
 
     Parameters
     ----------
-    bits, symmetric, narrow : as in IntAffine.
+    bits, symmetric, narrow : as in IntAffine. bits=1, symmetric and narrow: signs, ±mean |x| of each token or of x (XNOR-Net,
+        arXiv:1603.05279, section 3.2), dynamic and without a threshold.
     granularity : "token" (one scale for each token) | "tensor" (one for all of x).
     static : the range is frozen by `freeze`; needs granularity="tensor", because tokens to come have no scale yet.
     threshold : None, or a size > 0, in activation units. Columns of x with any |x| ≥ threshold are then not quantized, and
@@ -72,7 +73,13 @@ class ActQuant(FrozenBuffers):
         if threshold is not None and not 0 < threshold < math.inf:
             raise ValueError(f"threshold must be finite and above 0, or None for no outliers, got {threshold}")
         self.granularity, self.static, self.threshold = granularity, static, threshold
-        self.format = IntAffine(bits, symmetric, GRANULARITIES[granularity], narrow=narrow)
+        self.bits, self.symmetric, self.narrow = bits, symmetric, narrow
+        if bits == 1 and symmetric and narrow:
+            if static or threshold is not None:
+                raise ValueError("signs have the mean |x| of each x as their scale: no static range, no threshold")
+            self.format = Binary(GRANULARITIES[granularity])
+        else:
+            self.format = IntAffine(bits, symmetric, GRANULARITIES[granularity], narrow=narrow)
         if static:
             self.register_buffer("scale", torch.tensor(math.nan))
             if not symmetric:
@@ -117,14 +124,13 @@ class ActQuant(FrozenBuffers):
 
     def config(self) -> dict:
         """The arguments that make this module anew, JSON types only."""
-        fmt = self.format
-        settings = {"bits": fmt.bits, "symmetric": fmt.symmetric, "granularity": self.granularity}
-        return settings | {"static": self.static, "narrow": fmt.narrow, "threshold": self.threshold}
+        names = ("bits", "symmetric", "granularity", "static", "narrow", "threshold")
+        return {name: getattr(self, name) for name in names}
 
     def extra_repr(self) -> str:
         how = "static" if self.static else "dynamic"
-        sign = "symmetric" if self.format.symmetric else "asymmetric"
-        parts = [f"bits={self.format.bits}", sign, f"{how} per {self.granularity}"]
+        sign = "symmetric" if self.symmetric else "asymmetric"
+        parts = [f"bits={self.bits}", sign, f"{how} per {self.granularity}"]
         parts += [f"threshold={self.threshold}"] * (self.threshold is not None)
         return ", ".join(parts + ["no range yet"] * (not self.calibrated))
 
@@ -136,7 +142,7 @@ class _StraightThrough(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, fmt: IntAffine, params: Params, clips: bool) -> Tensor:
+    def forward(ctx, x: Tensor, fmt: Format, params: Params, clips: bool) -> Tensor:
         x_hat = fmt.decode(fmt.encode(x, params), params)
         ctx.inside = None
         if clips and ctx.needs_input_grad[0]:

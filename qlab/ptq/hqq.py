@@ -120,7 +120,7 @@ class HQQ(Method):
     def __init__(self, p: float = 0.7, beta: float = 10.0, kappa: float = 1.0, iterations: int = 20):
         self.p, self.beta, self.kappa, self.iterations = p, beta, kappa, iterations
 
-    def check(self, fmt: Format) -> None:
+    def check(self, fmt: Format, shape: torch.Size | None = None) -> None:
         _check_format(fmt)
 
     def quantize(self, w: Tensor, fmt: Format, stats: InputStats | None, name: str) -> tuple[QTensor, None]:

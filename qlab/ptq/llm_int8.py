@@ -12,6 +12,7 @@ bitsandbytes does; the paper has them in 16 bits.
 Axis legend: rows of X = tokens; rows of W = output channels; j = input column.
 """
 
+import torch
 from torch import Tensor
 
 from qlab.calibrate import InputStats
@@ -32,7 +33,7 @@ class LLMInt8(Method):
         self.threshold = threshold
         self.activations = ActQuant(bits=8, granularity="token", threshold=threshold)
 
-    def check(self, fmt: Format) -> None:
+    def check(self, fmt: Format, shape: torch.Size | None = None) -> None:
         wanted = isinstance(fmt, IntAffine) and fmt.bits == 8 and fmt.symmetric and fmt.narrow
         if not (wanted and fmt.granularity == "channel"):
             raise ValueError(

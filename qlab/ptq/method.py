@@ -8,6 +8,7 @@ one scale for all layers that share an input, which makes the input easier to qu
 Axis legend: out, in = rows and columns of a weight.
 """
 
+import torch
 from torch import Tensor, nn
 
 from qlab.calibrate import InputStats
@@ -27,8 +28,8 @@ class Method:
     keep: tuple[str, ...] = ()
     activations: ActQuant | None = None
 
-    def check(self, fmt: Format) -> None:
-        """Raises ValueError, naming both, if this method cannot choose codes of `fmt`."""
+    def check(self, fmt: Format, shape: torch.Size | None = None) -> None:
+        """Raises ValueError, naming both, if this method cannot choose codes of `fmt`, or not for a weight of `shape`."""
 
     def batches(self, model: nn.Module, calibration: list | None) -> list | None:
         """The calibration data to use: what the caller gave, unless the method makes its own."""

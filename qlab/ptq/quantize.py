@@ -20,10 +20,25 @@ from qlab.calibrate import InputStats, MinMax, Observer, capture, observe_inputs
 from qlab.formats import Format
 from qlab.models import find_linears, find_tied, shape_of, weight_of
 from qlab.nn import ActQuant, QuantLinear
+from qlab.ptq.awq import AWQ
+from qlab.ptq.gptq import GPTQ
+from qlab.ptq.hqq import HQQ
+from qlab.ptq.llm_int8 import LLMInt8
 from qlab.ptq.method import RTN, Method
+from qlab.ptq.smoothquant import SmoothQuant
 from qlab.ptq.transform import InputGroup, fold, input_groups
+from qlab.ptq.xnor import XNOR
 
-METHODS: dict[str, Callable[[], Method]] = {"rtn": RTN}
+METHODS: dict[str, Callable[[], Method]] = {
+    "rtn": RTN,
+    "gptq": GPTQ,
+    "awq": AWQ,
+    "awq+gptq": lambda: AWQ(codes=GPTQ()),
+    "hqq": HQQ,
+    "smoothquant": SmoothQuant,
+    "llm.int8": LLMInt8,
+    "xnor": XNOR,
+}
 
 
 @dataclass(frozen=True)
@@ -93,7 +108,7 @@ def quantize_model(
     Parameters
     ----------
     fmt : the format of every weight; or layer name → format, None for a layer to leave alone (mixed precision).
-    method : a name out of `qlab.ptq.METHODS`, or a Method with settings of its own.
+    method : a name out of `qlab.ptq.METHODS`, or a Method with settings of its own: GPTQ(act_order=True), ZeroQ(shape), …
     calibration : batches as `qlab.calibrate.capture` takes them; a few dozen texts. Needed where the method asks for
         statistics and where activations have a static range.
     select : full layer names, or a predicate (name, module) → bool. None: every linear layer but the output head of a
@@ -199,7 +214,9 @@ def _method(method: "str | Method") -> Method:
     if isinstance(method, Method):
         return method
     if not isinstance(method, str) or method not in METHODS:
-        raise ValueError(f"no method is named {method!r}: use one of {', '.join(METHODS)}, or a qlab.ptq.Method")
+        raise ValueError(
+            f"no method is named {method!r}: use one of {', '.join(METHODS)}, or a Method such as ZeroQ(shape)"
+        )
     return METHODS[method]()
 
 
@@ -246,11 +263,15 @@ def _selected(layers: dict[str, nn.Module], select) -> set[str]:
 
 def _check(model: nn.Module, method: Method, formats: dict[str, Format]) -> None:
     """Refuse, before anything is changed, what would fail halfway."""
-    for fmt in set(formats.values()):
-        method.check(fmt)
+    checked = set()
     for name, fmt in formats.items():
+        shape = torch.Size(shape_of(model.get_submodule(name)))
+        if (fmt, shape) in checked:
+            continue
         try:
-            fmt.blocks(torch.empty(shape_of(model.get_submodule(name)), device="meta"))
+            fmt.blocks(torch.empty(shape, device="meta"))
+            method.check(fmt, shape)
         except ValueError as error:
             error.add_note(f"for the layer {name!r}: give it another format, or leave it out by `select`")
             raise
+        checked.add((fmt, shape))

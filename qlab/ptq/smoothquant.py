@@ -76,8 +76,8 @@ class SmoothQuant(Method):
         self.keep = tuple(dict.fromkeys(("amax", *codes.keep)))
         self.activations = ActQuant(bits=8, granularity="token")
 
-    def check(self, fmt: Format) -> None:
-        self.codes.check(fmt)
+    def check(self, fmt: Format, shape: torch.Size | None = None) -> None:
+        self.codes.check(fmt, shape)
 
     def scale(self, weights: list[Tensor], stats: InputStats, formats: list[Format]) -> Tensor:
         return smooth_scale(stats.amax, weights, self.alpha)

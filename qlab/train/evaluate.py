@@ -114,6 +114,21 @@ def exact_match(model, tokenizer, items: Sequence[Item], **kwargs) -> Estimate:
     return bootstrap(exact(model, tokenizer, items, **kwargs), [i.entity for i in items])
 
 
+@torch.no_grad()
+def embed(encoder, tokenizer, texts: Sequence[str], batch_size: int = 64) -> torch.Tensor:
+    """Sentence embeddings as the sentence-transformers models make them: the mean of the last hidden states over tokens,
+    divided by its length. (texts, hidden) float32."""
+    encoder.eval()
+    device, embeddings = next(encoder.parameters()).device, []
+    for start in range(0, len(texts), batch_size):
+        part = list(texts[start : start + batch_size])
+        batch = tokenizer(part, padding=True, truncation=True, return_tensors="pt").to(device)
+        hidden, counted = encoder(**batch).last_hidden_state.float(), batch["attention_mask"].unsqueeze(-1)
+        mean = (hidden * counted).sum(1) / counted.sum(1)
+        embeddings.append(torch.nn.functional.normalize(mean, dim=-1).cpu())
+    return torch.cat(embeddings)
+
+
 def report(model, tokenizer, towns: int = 60) -> dict[str, Estimate]:
     """The default sample: cloze on `towns` evenly spaced towns and 200 held-out sums and real facts, prose perplexity."""
     atlas = tasks.atlas_cloze()

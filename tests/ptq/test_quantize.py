@@ -133,7 +133,7 @@ def test_output_error_is_that_of_the_layer_on_its_inputs(method):
         layer, x = model.get_submodule(name), inputs[name].flatten(0, 1)
         scale = torch.linspace(0.5, 3, x.shape[1]) if report.layers[name].scale.startswith("folded") else 1
         w = weight_of(floats.get_submodule(name)) * scale
-        error = (layer(x) - x @ w.T).norm() / (x @ w.T).norm()
+        error = ((layer(x) - x @ w.T).norm() / (x @ w.T).norm()).detach()
         assert report.layers[name].output_error == pytest.approx(float(error), rel=1e-3)
 
 
@@ -210,6 +210,16 @@ def test_every_format_can_be_rounded_to(fmt):
 REFUSED = {
     "no such method": (dict(method="gptqq"), "no method is named 'gptqq': use one of rtn"),
     "group": (dict(fmt=IntAffine(4, granularity="group", group_size=5)), r"group_size=5 does not divide .*\(3, 7\)"),
+    "a row in two blocks": (
+        dict(fmt=NF4(16), method="gptq", calibration=[]),
+        r"blocks of 16 run over the ends of its rows",
+    ),
+    "no columns": (
+        dict(fmt=ProductQuantizer(1), method="awq+gptq", calibration=[]),
+        "cannot be encoded column by column",
+    ),
+    "no zero point": (dict(method="hqq"), "HQQ moves the zero point"),
+    "not LLM.int8()'s": (dict(method="llm.int8"), r"it takes IntAffine\(8\), not IntAffine\(bits=4"),
     "unknown layer": (dict(fmt={"2.x": INT4}), "no linear layer is named '2.x'; the model has 1, 3"),
     "unknown selection": (dict(select="7"), "no linear layer is named 7; the model has 1, 3"),
     "nothing selected": (dict(select=lambda name, layer: False), "no layer is left to quantize"),
@@ -230,7 +240,7 @@ def test_refused_before_anything_is_changed(settings, message):
 
 def test_a_pair_that_cannot_be_is_refused_by_the_method():
     class Picky(RTN):
-        def check(self, fmt):
+        def check(self, fmt, shape=None):
             raise ValueError(f"not {fmt}")
 
     with pytest.raises(ValueError, match=r"not IntAffine\(bits=4"):

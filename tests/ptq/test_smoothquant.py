@@ -122,7 +122,7 @@ def test_w8a8_of_activations_with_outliers():
 class Codes(Method):
     keep = ("hessian", "amax")
 
-    def check(self, fmt):
+    def check(self, fmt, shape=None):
         raise ValueError(f"not {fmt}")
 
     def quantize(self, w, fmt, stats, name):
