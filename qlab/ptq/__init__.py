@@ -7,14 +7,15 @@ from qlab.ptq.hqq import HQQ, hqq
 from qlab.ptq.llm_int8 import LLMInt8
 from qlab.ptq.method import RTN, Method
 from qlab.ptq.quantize import METHODS, LayerReport, Report, quantize_model
-from qlab.ptq.sensitivity import hessian_traces, sensitivities
+from qlab.ptq.sensitivity import TraceEstimate, hessian_traces, loss_increase, model_loss, sensitivities, sizes
 from qlab.ptq.smoothquant import SmoothQuant, smooth_scale
 from qlab.ptq.transform import InputGroup, fold, input_groups
 from qlab.ptq.xnor import XNOR, xnor_linear
 from qlab.ptq.zeroq import Distilled, ZeroQ, distill
 
 __all__ = [
-    "AWQ", "GPTQ", "HQQ", "METHODS", "RTN", "Distilled", "InputGroup", "LLMInt8", "LayerReport", "Method", "Report",
-    "ScaleSearch", "SmoothQuant", "XNOR", "ZeroQ", "allocate", "distill", "fold", "gptq", "hessian_traces", "hqq", "input_groups",
-    "quantize_model", "search_clip", "search_scale", "sensitivities", "smooth_scale", "xnor_linear",
+    "AWQ", "GPTQ", "HQQ", "METHODS", "RTN", "XNOR", "Distilled", "InputGroup", "LLMInt8", "LayerReport", "Method",
+    "Report", "ScaleSearch", "SmoothQuant", "TraceEstimate", "ZeroQ", "allocate", "distill", "fold", "gptq",
+    "hessian_traces", "hqq", "input_groups", "loss_increase", "model_loss", "quantize_model", "search_clip",
+    "search_scale", "sensitivities", "sizes", "smooth_scale", "xnor_linear",
 ]  # fmt: skip

@@ -64,7 +64,7 @@ def hessian_traces(
     """name → average Hessian trace of the layer's weight, by Hutchinson's estimator.
 
     loss: (model, batch) → scalar. Default: what a transformers model computes from the batch's labels.
-    layers: names of linear layers; None: all whose weight is not tied to another module's.
+    layers: names of linear layers; None: those that `quantize_model` takes, all but the output head and tied ones.
     samples: draws of z. Each costs one backward pass through the gradient per batch.
 
     The model runs in eval mode, and scaled_dot_product_attention by its math kernel, for the fused ones cannot be
@@ -189,12 +189,16 @@ def loss_increase(
 def _layers(model: nn.Module, layers: Iterable[str] | None) -> dict[str, nn.Module]:
     known = find_linears(model)
     if layers is None:
-        tied = {parameter for names in find_tied(model) for parameter in names}
-        names = [name for name in known if (f"{name}." if name else "") + "weight" not in tied]
+        tied = {parameter.rpartition(".")[0] for names in find_tied(model) for parameter in names}
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        names = [name for name, module in known.items() if name not in tied and module is not head]
     else:
         names = [layers] if isinstance(layers, str) else list(layers)
     if not names:
-        raise ValueError(f"{type(model).__name__} has no linear layer with a weight of its own")
+        raise ValueError(
+            f"no linear layer to measure: {type(model).__name__} has {len(known)}, and the output head and tied ones count "
+            "only where they are named"
+        )
     for name in names:
         if name not in known:
             raise ValueError(f"{name!r} is no linear layer of this model; it has {', '.join(list(known)[:5])}, …")
