@@ -113,7 +113,7 @@ class Format:
 
     def dequantize(self, q: "QTensor") -> Tensor:
         """`decode` straight from packed codes: float32, (…) = q.shape."""
-        values = unpack_values(q.packed, self.values.to(q.packed.device), q.shape.numel()).view(q.shape)
+        values = unpack_values(q.packed, self.values, q.shape.numel()).view(q.shape)
         return self.unblocks(self.rescale(self.blocks(values), q.params), q.shape)
 
 

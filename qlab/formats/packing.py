@@ -85,7 +85,8 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
 
 
 def unpack_values(packed: Tensor, values: Tensor, n: int) -> Tensor:
-    """`values[unpack(packed)]` in one step: (n,) in the dtype of `values`, which is (2**bits,).
+    """`values[unpack(packed)]` in one step: (n,) in the dtype of `values`, which is (2**bits,), on the device of
+    `packed`. Tables are kept for the values used last: pass the same tensor again.
 
     Where whole codes fill a byte (1, 2, 4, 8 bits), a table with one row per byte holds the 8/bits values that it stands
     for: one look-up for two 4-bit weights, and the codes are never written out. A tensor larger than a table over pairs
@@ -93,11 +94,20 @@ def unpack_values(packed: Tensor, values: Tensor, n: int) -> Tensor:
     """
     bits = len(values).bit_length() - 1
     if 8 % bits:
-        return values[unpack(packed, bits, n).int()]
+        return values.to(packed.device)[unpack(packed, bits, n).int()]
     pairs = packed.numel() > 2**16 and packed.numel() % 2 == 0 and packed.storage_offset() % 2 == 0
     index_dtype = torch.uint16 if pairs else torch.uint8
-    rows = values[_code_table(bits, index_dtype).to(values.device)]
-    return rows.index_select(0, packed.view(index_dtype).int()).view(-1)[:n]
+    table = _value_table(values, bits, index_dtype, packed.device)
+    return table.index_select(0, packed.view(index_dtype).int()).view(values.dtype).view(-1)[:n]
+
+
+@lru_cache(maxsize=16)
+def _value_table(values: Tensor, bits: int, index_dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(256 or 65536, …): the values held by every byte, or by every two. A row of 8 or 16 bytes is one float64 or complex128:
+    that many bytes are then fetched at once, which is what they stand for here."""
+    rows = values.to(device)[_code_table(bits, index_dtype).to(device)]
+    wide = {8: torch.float64, 16: torch.complex128}.get(rows.shape[1] * rows.itemsize)
+    return rows.view(wide).view(-1) if wide else rows
 
 
 @lru_cache
