@@ -23,10 +23,12 @@ class Method:
     ----------
     keep : which statistics of the layer's input it needs (names of `qlab.calibrate.STATISTICS`). None: no data.
     activations : how it quantizes activations where the caller does not say: a template, copied for each layer.
+    norms_only : whether its transform is for inputs that a norm gives, and for no others.
     """
 
     keep: tuple[str, ...] = ()
     activations: ActQuant | None = None
+    norms_only: bool = False
 
     def check(self, fmt: Format, shape: torch.Size | None = None) -> None:
         """Raises ValueError, naming both, if this method cannot choose codes of `fmt`, or not for a weight of `shape`."""

@@ -152,7 +152,8 @@ def _quantize_group(report, method, group, formats, batches, activations, observ
     stats, scale, folded = None, None, False
     if method.keep:
         stats = capture(model, batches, [first], method.keep, stop=group.calls == 1)[first]
-        scale = method.scale(list(weights.values()), stats, [formats[name] for name in group.names])
+        if group.after_norm or not method.norms_only:
+            scale = method.scale(list(weights.values()), stats, [formats[name] for name in group.names])
     if scale is not None:
         stats = stats.divided_by(scale)
         if folded := group.norm is not None:

@@ -61,18 +61,21 @@ class SmoothQuant(Method):
     says otherwise.
 
     alpha : see `smooth_scale`. codes : the method that chooses the codes of the smoothed weights.
+    norms_only : smooth what a norm gives, the inputs of attention and of the first MLP layer, as the paper does (section 4).
+        False: the others too. What follows an activation function may be nearly silent in a channel throughout calibration
+        and loud later: divided by its small s, it is an outlier.
 
     Raises ValueError for codes that transform the input, or quantize it, in a way of their own.
     """
 
-    def __init__(self, alpha: float = 0.5, codes: Method | None = None):
+    def __init__(self, alpha: float = 0.5, codes: Method | None = None, norms_only: bool = True):
         codes = codes or RTN()
         if type(codes).scale is not Method.scale or codes.activations is not None:
             raise ValueError(
                 f"SmoothQuant scales and quantizes the input, and {codes} would do so too: pass a method that only chooses "
                 "codes"
             )
-        self.alpha, self.codes = alpha, codes
+        self.alpha, self.codes, self.norms_only = alpha, codes, norms_only
         self.keep = tuple(dict.fromkeys(("amax", *codes.keep)))
         self.activations = ActQuant(bits=8, granularity="token")
 

@@ -29,11 +29,13 @@ class InputGroup:
 
     names : in the order in which the forward reaches them.
     norm : the module into which a scale on their input can be folded, or None.
+    after_norm : whether their input is what a norm gives, be it folded into or not.
     calls : how often a forward reaches each of them.
     """
 
     names: tuple[str, ...]
     norm: str | None = None
+    after_norm: bool = False
     calls: int = 1
 
 
@@ -55,7 +57,12 @@ def input_groups(model: nn.Module, batch, names: Iterable[str]) -> list[InputGro
         for name, inputs in recorder.inputs.items():
             groups.setdefault(tuple(map(id, inputs)), []).append(name)
         return [
-            InputGroup(tuple(group), recorder.norm_of(ids[0]) if len(ids) == 1 else None, len(ids))
+            InputGroup(
+                tuple(group),
+                recorder.norm_of(ids[0]) if len(ids) == 1 else None,
+                all(tensor_id in recorder.norms for tensor_id in ids),
+                len(ids),
+            )
             for ids, group in groups.items()
         ]
 

@@ -99,6 +99,10 @@ class ZeroQ(Method):
         self.keep = self.codes.keep
         self.activations = ActQuant(8, granularity="tensor", static=True)
 
+    @property
+    def norms_only(self) -> bool:
+        return self.codes.norms_only
+
     def check(self, fmt: Format, shape: torch.Size | None = None) -> None:
         self.codes.check(fmt, shape)
 

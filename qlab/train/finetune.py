@@ -54,6 +54,14 @@ def finetune(
             task_type="CAUSAL_LM",
         ),
     )
+    return train_answers(model, tokenizer, items, recipe, seed, progress)
+
+
+def train_answers(model, tokenizer, items: Sequence[Item], recipe: LoraRecipe, seed: int = 0, progress: bool = False):
+    """Train whatever of `model` requires a gradient on the answers of `items`; returns the model, in eval mode.
+
+    Of the recipe lr, steps, batch_size and bf16 are read. The seed draws the batches.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, recipe.steps, pct_start=0.1)

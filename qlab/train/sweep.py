@@ -136,12 +136,13 @@ def measure(
     seconds = time.perf_counter() - start
     scores = task.scores(model)
     row = {"method": name, "bits": fmt.bits, "seed": seed, "bits_per_weight": f"{report.bits_per_weight:.3f}"}
-    row |= _columns("score", bootstrap(scores, task.groups))
+    row |= estimate_columns("score", bootstrap(scores, task.groups))
     gain = bootstrap(scores * 0, task.groups) if baseline is None else paired_difference(baseline, scores, task.groups)
-    return row | _columns("gain", gain) | {"seconds": f"{seconds:.1f}"}, scores
+    return row | estimate_columns("gain", gain) | {"seconds": f"{seconds:.1f}"}, scores
 
 
-def _columns(name: str, estimate) -> dict[str, str]:
+def estimate_columns(name: str, estimate) -> dict[str, str]:
+    """An estimate as three columns of a table."""
     return {name: f"{estimate.value:.5f}", f"{name}_low": f"{estimate.low:.5f}", f"{name}_high": f"{estimate.high:.5f}"}
 
 
@@ -164,6 +165,17 @@ def read_table(path: Path = TABLE) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def write_table(path: Path, rows: list[dict]) -> None:
+    """Write all rows, or, where that fails, leave the old file as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    with unfinished.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(unfinished, path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure post-training methods on two models and write the table.")
     parser.add_argument("--models", nargs="+", choices=TASKS, default=list(TASKS))
@@ -176,13 +188,7 @@ def main() -> None:
         for row in sweep(TASKS[name](), args.bits, args.seeds):
             rows.append({"model": name, **row})
             print(*rows[-1].values(), flush=True)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = args.out.with_suffix(".unfinished")
-    with unfinished.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(unfinished, args.out)
+    write_table(args.out, rows)
 
 
 if __name__ == "__main__":

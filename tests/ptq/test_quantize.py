@@ -13,7 +13,7 @@ from qlab.calibrate import MinMax, Percentile, capture
 from qlab.formats import NF4, Binary, FloatCast, IntAffine, KMeans, ProductQuantizer, Ternary
 from qlab.models import find_linears, weight_of
 from qlab.nn import ActQuant, QuantLinear
-from qlab.ptq import METHODS, RTN, Method, quantize_model
+from qlab.ptq import METHODS, RTN, Method, SmoothQuant, quantize_model
 
 SIZES = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 50}
 BATCHES = [{"input_ids": torch.arange(12).view(2, 6) + shift} for shift in (0, 9)]
@@ -287,3 +287,11 @@ def test_observers_may_be_given(monkeypatch):
     quantize(net(), activations=ActQuant(granularity="tensor", static=True), calibration=[torch.randn(4, 10)],
              observer=lambda: made.append(MinMax()) or made[-1])  # fmt: skip
     assert len(made) == 2
+
+
+@pytest.mark.parametrize("norms_only, smoothed", [(True, 10), (False, 14)])
+def test_a_transform_may_be_for_the_outputs_of_norms_alone(norms_only, smoothed):
+    """Of seven layers in a block, q, k, v, gate and up read a norm."""
+    report = quantize(llama(), IntAffine(8), SmoothQuant(norms_only=norms_only), BATCHES)
+    assert sum(layer.scale != "" for layer in report.layers.values()) == smoothed
+    assert sum(layer.scale.startswith("folded") for layer in report.layers.values()) == 10

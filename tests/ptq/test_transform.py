@@ -58,9 +58,13 @@ def test_gpt2():
 
 
 def test_bert_adds_the_output_of_its_norms_to_the_residual():
-    groups = groups_of(BertModel(BertConfig(**SIZES)).eval(), TOKENS)
+    model = BertModel(BertConfig(**SIZES)).eval()
+    groups = groups_of(model, TOKENS)
     assert set(groups.values()) == {None}
     assert ("query", "key", "value") in short(groups)
+    after_norm = [group.names[0] for group in input_groups(model, TOKENS, find_linears(model)) if group.after_norm]
+    parts = ("attention.self.query", "intermediate.dense")
+    assert after_norm == [f"encoder.layer.{layer}.{part}" for layer in range(2) for part in parts]
 
 
 def test_gemma_multiplies_by_one_plus_weight():
