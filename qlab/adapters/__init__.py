@@ -1,6 +1,6 @@
 """Adapters on frozen layers, and what becomes of them when they are merged."""
 
-from qlab.adapters.add import AdapterReport, adapters_of, add_adapters, trainable_parameters
+from qlab.adapters.add import AdapterReport, adapters_of, add_adapters
 from qlab.adapters.bases import qtensor_of
 from qlab.adapters.dequantize import dequantize_model
 from qlab.adapters.lora import LoRALinear
@@ -18,6 +18,7 @@ from qlab.adapters.merge_weight import (
     to_q4_1,
 )
 from qlab.adapters.qalora import QALoRALinear
+from qlab.models import trainable_parameters
 
 __all__ = [
     "AdapterReport", "LayerMerge", "LoRALinear", "MergeReport", "QALoRALinear", "adapters_of", "add_adapters",

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from qlab.adapters.lora import LoRALinear
 from qlab.adapters.qalora import QALoRALinear
-from qlab.models import find_linears, find_tied, replace, untie
+from qlab.models import find_linears, find_tied, replace, trainable_parameters, untie
 from qlab.nn import LINEAR_TYPES, Base, shape_of
 
 KINDS: dict[str, type[LoRALinear]] = {"lora": LoRALinear, "qalora": QALoRALinear}
@@ -120,11 +120,6 @@ def add_adapters(
 def adapters_of(model: nn.Module) -> dict[str, LoRALinear]:
     """name → adapter, in the model's own order, a shared one under its first name. A QALoRALinear is a LoRALinear."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
-
-
-def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The Parameters that require a gradient, each once: what an optimizer of this model takes."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def _is_all_linear(target_modules: str) -> bool:

@@ -79,6 +79,7 @@ class Format:
     def limits(self, params: Params, shape: torch.Size) -> tuple[Tensor, Tensor]:
         """The lowest and the highest value that each weight's block can store: two float32 tensors of `shape`."""
         codes = torch.stack([self.values.argmin(), self.values.argmax()]) + self.lowest_code
+        codes = codes.to(next(iter(params.values())).device)
         ends = [self.decode(code.expand(shape), params) for code in codes]
         return torch.minimum(*ends), torch.maximum(*ends)  # a scale may be negative: Q4_0's d
 

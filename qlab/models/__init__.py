@@ -3,7 +3,7 @@
 from qlab.models.guard import GuardState, guard_bitsandbytes
 from qlab.models.load import load
 from qlab.models.sources import CHOICES, Source, locate
-from qlab.models.surgery import Replacement, find_linears, find_tied, replace, untie
+from qlab.models.surgery import Replacement, find_linears, find_tied, replace, trainable_parameters, untie
 from qlab.nn.weights import LINEAR_TYPES, set_weight, shape_of, weight_of
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "replace",
     "set_weight",
     "shape_of",
+    "trainable_parameters",
     "untie",
     "weight_of",
 ]

@@ -50,6 +50,11 @@ def find_tied(model: nn.Module) -> list[tuple[str, ...]]:
     return [tuple(names) for names in _owners(model).values() if len(names) > 1]
 
 
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The Parameters that require a gradient, each once: what an optimizer of this model takes."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
 def replace(
     model: nn.Module,
     select: str | Iterable[str] | Callable[[str, nn.Module], bool],

@@ -122,7 +122,7 @@ def quantize_model(
     else than a format. Where it fails later (NaN in a weight), a note on the error lists what was already replaced.
     """
     method = _method(method)
-    formats, left = _formats(model, fmt, select)
+    formats, left = formats_of(model, fmt, select)
     _check(model, method, formats)
     activations = activations or method.activations
     batches = method.batches(model, None if calibration is None else list(calibration))
@@ -221,7 +221,7 @@ def _method(method: "str | Method") -> Method:
     return METHODS[method]()
 
 
-def _formats(model: nn.Module, fmt, select) -> tuple[dict[str, Format], dict[str, str]]:
+def formats_of(model: nn.Module, fmt, select) -> tuple[dict[str, Format], dict[str, str]]:
     """Layer → format for the layers to quantize, and layer → reason for the linear layers left alone."""
     layers = find_linears(model)
     tied = {name.rpartition(".")[0] for group in find_tied(model) for name in group}

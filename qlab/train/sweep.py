@@ -28,7 +28,7 @@ import torch
 from qlab.formats import Format, IntAffine
 from qlab.models import load
 from qlab.nn import ActQuant
-from qlab.ptq import GPTQ, METHODS, Method, quantize_model
+from qlab.ptq import GPTQ, METHODS, Method, SmoothQuant, quantize_model
 from qlab.train.card import damage_sample
 from qlab.train.corpus import DATA, Corpus
 from qlab.train.evaluate import bootstrap, embed, exact, paired_difference
@@ -70,6 +70,7 @@ W8A8 = {
     "smoothquant, token": Entry(METHODS["smoothquant"]),
     "smoothquant, tensor": Entry(METHODS["smoothquant"], ActQuant(8, granularity="tensor")),
     "smoothquant, static": Entry(METHODS["smoothquant"], STATIC),
+    "smoothquant everywhere, tensor": Entry(lambda: SmoothQuant(norms_only=False), ActQuant(8, granularity="tensor")),
     "llm.int8": Entry(METHODS["llm.int8"], data=False),
 }
 
