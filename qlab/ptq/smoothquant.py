@@ -62,8 +62,8 @@ class SmoothQuant(Method):
 
     alpha : see `smooth_scale`. codes : the method that chooses the codes of the smoothed weights.
     norms_only : smooth what a norm gives, the inputs of attention and of the first MLP layer, as the paper does (section 4).
-        False: the others too. What follows an activation function may be nearly silent in a channel throughout calibration
-        and loud later: divided by its small s, it is an outlier.
+        False: the others too. Behind an activation function the channel that is the largest in X is often the largest in W
+        as well. If it stands out more in W than in X, s divides it by less than the others, and it stands out more.
 
     Raises ValueError for codes that transform the input, or quantize it, in a way of their own.
     """
