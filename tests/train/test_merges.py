@@ -1,5 +1,7 @@
 """The merge table: every merge of every adapter is measured, and put back exactly before the next."""
 
+import csv
+
 import numpy as np
 import pytest
 
@@ -60,3 +62,16 @@ def test_gain_is_paired():
         patch.setattr(merges, "perplexity", lambda *args: type("E", (), {"value": 2.0}))
         rows.append(merges._measured(Stub(), None, np.array([1, 0, 1, 1]), np.array([1, 1, 1, 1])))
     assert rows[0]["exact_match"] == "0.75000" and rows[0]["gain"] == "-0.25000"
+
+
+def test_the_shipped_table_is_whole_and_says_what_each_merge_must():
+    rows = list(csv.DictReader(merges.TABLE.open(encoding="utf-8")))
+    found = {(int(r["bits"]), int(r["seed"]), r["adapter"], r["merge"]): float(r["exact_match"]) for r in rows}
+    expected = {"lora": ["unmerged", *merges.MERGES], "qalora": ["unmerged", *merges.ZERO_POINTS]}
+    for bits in merges.BITS:
+        for seed in range(3):
+            for kind, names in expected.items():
+                assert {key[3] for key in found if key[:3] == (bits, seed, kind)} == set(names)
+            unmerged = {kind: found[bits, seed, kind, "unmerged"] for kind in expected}
+            assert found[bits, seed, "lora", "dequantize"] == pytest.approx(unmerged["lora"], abs=0.002)
+            assert found[bits, seed, "qalora", "zero-points float32"] == pytest.approx(unmerged["qalora"], abs=0.002)
