@@ -16,7 +16,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from qlab.adapters.lora import LoRALinear
 from qlab.adapters.qalora import QALoRALinear
@@ -153,7 +152,7 @@ def _targets(model: nn.Module, target_modules, excluded) -> dict[str, nn.Module]
     _refuse_peft(model)
     layers = find_linears(model, LAYER_TYPES)
     if isinstance(target_modules, str) and _is_all_linear(target_modules):
-        head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+        head = getattr(model, "get_output_embeddings", lambda: None)()
         found = {name: layer for name, layer in layers.items() if layer is not head and not _matches(name, excluded)}
     else:
         found = _named_targets(model, _listed("target_modules", target_modules), excluded, layers)

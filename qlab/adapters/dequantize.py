@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qlab.adapters.add import adapters_of
@@ -69,6 +68,8 @@ def conv1d_names(model: nn.Module, layers: Mapping[str, nn.Module]) -> set[str]:
     names = {name for name, layer in layers.items() if isinstance(layer, Conv1D)}
     if not any(map(holds_codes, layers.values())):
         return names
+    from transformers import PreTrainedModel  # here: importing it brings half of transformers along
+
     built: tuple[str, ...] = ()
     for prefix, part in model.named_modules():
         if not isinstance(part, PreTrainedModel) or f"{prefix}.".startswith(built):
