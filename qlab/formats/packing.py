@@ -15,6 +15,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+ONE_THREAD = 1 << 22  # values that one thread looks up faster as whole rows than all threads do piece by piece
+
 
 def _check_bits(bits: int) -> None:
     if bits not in range(1, 9):
@@ -97,17 +99,17 @@ def unpack_values(packed: Tensor, values: Tensor, n: int) -> Tensor:
         return values.to(packed.device)[unpack(packed, bits, n).int()]
     pairs = packed.numel() > 2**16 and packed.numel() % 2 == 0 and packed.storage_offset() % 2 == 0
     index_dtype = torch.uint16 if pairs else torch.uint8
-    table = _value_table(values, bits, index_dtype, packed.device)
+    table = _value_table(values, bits, index_dtype, packed.device, whole=n <= ONE_THREAD)
     return table.index_select(0, packed.view(index_dtype).int()).view(values.dtype).view(-1)[:n]
 
 
 @lru_cache(maxsize=16)
-def _value_table(values: Tensor, bits: int, index_dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(256 or 65536, …): the values held by every byte, or by every two. A row of 8 or 16 bytes is one float64 or complex128:
-    that many bytes are then fetched at once, which is what they stand for here."""
+def _value_table(values: Tensor, bits: int, index_dtype: torch.dtype, device: torch.device, whole: bool) -> Tensor:
+    """(256 or 65536, …): the values held by every byte, or by every two. whole: a row of 8 or 16 bytes is one float64 or
+    complex128, which stand here for so many bytes fetched at once."""
     rows = values.to(device)[_code_table(bits, index_dtype).to(device)]
     wide = {8: torch.float64, 16: torch.complex128}.get(rows.shape[1] * rows.itemsize)
-    return rows.view(wide).view(-1) if wide else rows
+    return rows.view(wide).view(-1) if wide and whole else rows
 
 
 @lru_cache

@@ -108,13 +108,16 @@ def inverse_cholesky(hessian: Tensor, damping: float) -> Tensor:
     damped = hessian.flip(0, 1)
     damped.diagonal().add_(added)
     lower, failed = torch.linalg.cholesky_ex(damped)
+    del damped  # here and below: one (in, in) less is in memory
     if failed:
         raise ValueError(
             f"the hessian with damping={damping} ({float(added):.3g} added to its diagonal) is not positive definite in "
             f"{hessian.dtype}: raise damping, or observe more inputs"
         )
+    upper = lower.flip(0, 1)
+    del lower
     identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-    return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+    return torch.linalg.solve_triangular(upper, identity, upper=True)
 
 
 class ColumnGrid:

@@ -19,7 +19,7 @@ from qlab.formats import Format, QTensor
 from qlab.ptq.method import Method
 
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # 1/scale must not overflow
-SLICE = 1 << 16  # weights worked on at a time, so that all steps on them happen in the processor's cache
+SLICE = 1 << 20  # weights worked on at a time: few enough for little memory, enough for every thread
 
 
 def shrink_lp(x: Tensor, beta: float, p: float) -> Tensor:
