@@ -14,29 +14,22 @@ Axis legend: out, in = rows and columns of a weight.
 """
 
 import copy
-import sys
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from qlab.adapters.merge_weight import merge_requantize, stochastic_codes
-from qlab.formats import FP4, NF4, IntAffine, QTensor
+from qlab.formats import IntAffine, QTensor
 from qlab.nn import QuantLinear, weight_of
-
-
-def bitsandbytes_kind(layer: nn.Module) -> str | None:
-    """ "Linear4bit", "Linear8bitLt" or None."""
-    library = sys.modules.get("bitsandbytes")  # not imported: then no layer can be of its classes
-    kinds = ("Linear4bit", "Linear8bitLt") if library is not None else ()
-    return next((kind for kind in kinds if isinstance(layer, getattr(library.nn, kind))), None)
+from qlab.nn.weights import bitsandbytes_kind, qtensor_4bit, quant_state, row_absmax
 
 
 def holds_codes(layer: nn.Module) -> bool:
     """True for a layer that `qtensor_of` reads: it is quantized, and not only going to be."""
     kind = bitsandbytes_kind(layer)
     if kind == "Linear4bit":
-        return _state_4bit(layer) is not None
+        return quant_state(layer) is not None
     return layer.weight.dtype == torch.int8 if kind else isinstance(layer, QuantLinear)
 
 
@@ -50,27 +43,9 @@ def qtensor_of(layer: nn.Module) -> QTensor | None:
     if isinstance(layer, QuantLinear):
         return layer.qtensor
     if bitsandbytes_kind(layer) == "Linear4bit":
-        return _qtensor_4bit(layer)
+        return qtensor_4bit(layer)
     fmt, codes = IntAffine(8), layer.weight.data
-    return QTensor(fmt, fmt.pack(codes), {"scale": _row_absmax(layer) / 127}, codes.shape, torch.float32)
-
-
-def _state_4bit(layer: nn.Module):
-    return getattr(layer.weight, "quant_state", None) or layer.quant_state
-
-
-def _qtensor_4bit(layer: nn.Module) -> QTensor:
-    state = _state_4bit(layer)
-    fmt = {"nf4": NF4, "fp4": FP4}[state.quant_type](state.blocksize, double_quant=state.nested)
-    params = {"absmax": state.absmax}
-    if state.nested:
-        params = {"absmax_code": state.absmax, "absmax_scale": state.state2.absmax, "absmax_offset": state.offset}
-    return QTensor(fmt, layer.weight.data.view(torch.uint8).reshape(-1), params, state.shape, state.dtype)
-
-
-def _row_absmax(layer: nn.Module) -> Tensor:
-    absmax = layer.weight.SCB
-    return layer.state.SCB if absmax is None else absmax  # moved there by the first forward
+    return QTensor(fmt, fmt.pack(codes), {"scale": row_absmax(layer) / 127}, codes.shape, torch.float32)
 
 
 def base_weight(layer: nn.Module) -> Tensor:
@@ -158,7 +133,7 @@ def _requantized_8bit(base: nn.Module, delta: Tensor) -> tuple[nn.Module, Tensor
     from bitsandbytes.functional import int8_vectorwise_dequant  # · 1/127, rounded: not quite our scale = absmax / 127
 
     old, new = base.weight, _twin(base)
-    target = int8_vectorwise_dequant(old.data, _row_absmax(base)).to(delta.dtype) + delta
+    target = int8_vectorwise_dequant(old.data, row_absmax(base)).to(delta.dtype) + delta
     # Quantizing is what `to` does with weights that come from the CPU.
     new.weight = type(old)(target.cpu(), requires_grad=False, has_fp16_weights=old.has_fp16_weights).to(old.device)
     new.state = copy.copy(base.state)

@@ -9,9 +9,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from qlab.adapters.add import adapters_of
-from qlab.adapters.bases import base_weight, bitsandbytes_kind, float_layer, holds_codes, qtensor_of
+from qlab.adapters.bases import base_weight, float_layer, holds_codes, qtensor_of
 from qlab.models import find_linears, guard_bitsandbytes, replace
 from qlab.nn import LINEAR_TYPES, QuantLinear, weight_of
+from qlab.nn.weights import bitsandbytes_kind
 
 MARKS = ("hf_quantizer", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method")
 

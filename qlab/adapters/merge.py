@@ -24,7 +24,6 @@ from qlab.adapters import merge_weight as pure
 from qlab.adapters.add import adapters_of
 from qlab.adapters.bases import (
     base_weight,
-    bitsandbytes_kind,
     float_layer,
     from_stored,
     holds_codes,
@@ -46,6 +45,7 @@ from qlab.adapters.merge_report import MergeReport, layer_merge
 from qlab.calibrate import capture
 from qlab.models import find_tied, guard_bitsandbytes, replace, untie
 from qlab.nn import LINEAR_TYPES, weight_of
+from qlab.nn.weights import bitsandbytes_kind
 
 HOW = ("dequantize", "requantize", "original", "zero-points", "naive-add", "naive-codes")
 Make = Callable[[str, LoRALinear], nn.Module]

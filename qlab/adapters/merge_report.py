@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from qlab.adapters.bases import base_weight, bitsandbytes_kind, qtensor_of
+from qlab.adapters.bases import base_weight, qtensor_of
 from qlab.adapters.lora import LoRALinear
 from qlab.adapters.merge_weight import Survival, measure
 from qlab.calibrate import output_error
 from qlab.nn import QuantLinear, weight_of
+from qlab.nn.weights import bitsandbytes_kind
 
 
 @dataclass(frozen=True)

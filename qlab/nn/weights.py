@@ -45,7 +45,7 @@ def weight_of(module: nn.Module) -> torch.Tensor:
     """
     if hasattr(module, "dequantized_weight"):
         return module.dequantized_weight()
-    kind = _bitsandbytes_kind(module)
+    kind = bitsandbytes_kind(module)
     if kind == "Linear4bit":
         return _weight_4bit(module)
     if kind == "Linear8bitLt":
@@ -66,7 +66,7 @@ def set_weight(module: nn.Module, weight: torch.Tensor) -> None:
     Raises ValueError with both shapes where they differ, TypeError for integer weights and for bitsandbytes
     layers.
     """
-    if not isinstance(module, LINEAR_TYPES) or _bitsandbytes_kind(module):
+    if not isinstance(module, LINEAR_TYPES) or bitsandbytes_kind(module):
         raise TypeError(
             f"cannot write the weight of a {type(module).__name__}, only of nn.Linear and Conv1D. A quantized "
             "layer holds codes: replace it by an nn.Linear, or quantize the new weight"
@@ -84,31 +84,26 @@ def set_weight(module: nn.Module, weight: torch.Tensor) -> None:
 def is_plain_linear(module: nn.Module) -> bool:
     """True for the classes that store one weight and nothing else; False for wrappers and subclasses with
     more."""
-    if _bitsandbytes_kind(module):
+    if bitsandbytes_kind(module):
         return type(module).__module__.startswith("bitsandbytes.")
     return type(module) in LINEAR_TYPES
 
 
-def _bitsandbytes_kind(module):
-    bitsandbytes = sys.modules.get("bitsandbytes")  # not imported: then no module can be of its classes
-    if bitsandbytes is None:
-        return None
-    for kind in ("Linear4bit", "Linear8bitLt"):
-        if isinstance(module, getattr(bitsandbytes.nn, kind)):
-            return kind
-    return None
+def bitsandbytes_kind(module: nn.Module) -> str | None:
+    """ "Linear4bit", "Linear8bitLt" or None."""
+    library = sys.modules.get("bitsandbytes")  # not imported: then no module can be of its classes
+    kinds = ("Linear4bit", "Linear8bitLt") if library is not None else ()
+    return next((kind for kind in kinds if isinstance(module, getattr(library.nn, kind))), None)
 
 
-def _weight_4bit(module):
-    if is_repacked(module):
-        raise RuntimeError(
-            "bitsandbytes has repacked this Linear4bit in an eval forward, so its weight cannot be read: "
-            "call qlab.models.guard_bitsandbytes() before the model is built, and load or quantize it again"
-        )
-    state = getattr(module.weight, "quant_state", None) or module.quant_state
-    if state is None:
-        return module.weight
-    # Not bitsandbytes' dequantize_4bit: on AVX512 it is wrong where the block does not divide the row.
+def quant_state(module: nn.Module):
+    """The state that decodes a Linear4bit; None before it is quantized."""
+    return getattr(module.weight, "quant_state", None) or module.quant_state
+
+
+def qtensor_4bit(module: nn.Module) -> QTensor:
+    """The codes of a quantized Linear4bit, in NF4 or FP4: a view of what it stores."""
+    state = quant_state(module)
     fmt = {"nf4": NF4, "fp4": FP4}[state.quant_type](state.blocksize, double_quant=state.nested)
     params = {"absmax": state.absmax}
     if state.nested:
@@ -117,17 +112,32 @@ def _weight_4bit(module):
             "absmax_scale": state.state2.absmax,
             "absmax_offset": state.offset,
         }
-    packed = module.weight.data.view(torch.uint8).reshape(-1)
-    return QTensor(fmt, packed, params, state.shape, state.dtype).dequantize()
+    return QTensor(fmt, module.weight.data.view(torch.uint8).reshape(-1), params, state.shape, state.dtype)
+
+
+def row_absmax(module: nn.Module) -> torch.Tensor:
+    """(out,), the largest weight of each row of a Linear8bitLt, which stands for code 127."""
+    absmax = module.weight.SCB
+    return module.state.SCB if absmax is None else absmax  # moved there by the first forward
+
+
+def _weight_4bit(module):
+    if is_repacked(module):
+        raise RuntimeError(
+            "bitsandbytes has repacked this Linear4bit in an eval forward, so its weight cannot be read: "
+            "call qlab.models.guard_bitsandbytes() before the model is built, and load or quantize it again"
+        )
+    if quant_state(module) is None:
+        return module.weight
+    # Not bitsandbytes' dequantize_4bit: on AVX512 it is wrong where the block does not divide the row.
+    return qtensor_4bit(module).dequantize()
 
 
 def _weight_8bit(module):
-    codes, row_absmax = module.weight.data, module.weight.SCB
-    if row_absmax is None:
-        row_absmax = module.state.SCB  # moved there by the first forward
+    codes = module.weight.data
     if codes.dtype != torch.int8:
         return module.weight
-    return codes.float() * (row_absmax.float() / 127).unsqueeze(1)
+    return codes.float() * (row_absmax(module).float() / 127).unsqueeze(1)
 
 
 def is_repacked(layer: nn.Module) -> bool:

@@ -10,7 +10,6 @@
 
 import argparse
 import copy
-import csv
 import hashlib
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from qlab.train.corpus import DATA
 from qlab.train.evaluate import Estimate, exact_match, perplexity
 from qlab.train.finetune import LoraRecipe, finetune
 from qlab.train.pretrain import mean_losses
+from qlab.train.tables import estimate_columns, write_table
 
 BITS = (8, 6, 5, 4, 3, 2)
 
@@ -50,11 +50,11 @@ def damage_row(model, tokenizer, label: str, fmt: Format | None, items, texts) -
     """One line of damage.csv."""
     damaged = rounded(model, fmt)
     match, ppl = exact_match(damaged, tokenizer, items), perplexity(damaged, tokenizer, texts)
-    return {"format": label, **columns("exact_match", match), **columns("perplexity", ppl)}
-
-
-def columns(name: str, estimate: Estimate) -> dict[str, str]:
-    return {name: f"{estimate.value:.4f}", f"{name}_low": f"{estimate.low:.4f}", f"{name}_high": f"{estimate.high:.4f}"}
+    return {
+        "format": label,
+        **estimate_columns("exact_match", match, digits=4),
+        **estimate_columns("perplexity", ppl, digits=4),
+    }
 
 
 def damage_sample(towns: int = 300) -> list[tasks.Item]:
@@ -111,7 +111,7 @@ def rounded_base_rows(
 
 
 def question_row(seed: int, label: str, adapter: str, match: Estimate) -> dict:
-    return {"seed": seed, "format": label, "adapter": adapter, **columns("exact_match", match)}
+    return {"seed": seed, "format": label, "adapter": adapter, **estimate_columns("exact_match", match, digits=4)}
 
 
 def tails(weight: torch.Tensor) -> dict[str, float]:
@@ -142,13 +142,6 @@ def weight_tails(names: tuple[str, ...] = ("qlab-mini", "all-MiniLM-L6-v2")) -> 
     ]
 
 
-def write_rows(path: Path, rows: list[dict]) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def write_sums(folder: Path) -> None:
     """SHA256SUMS over every other file of `folder`."""
     files = sorted(p for p in folder.iterdir() if p.is_file() and p.name != "SHA256SUMS")
@@ -172,17 +165,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=LoraRecipe.steps)
     args = parser.parse_args()
     if args.losses:
-        write_rows(args.folder / "losses.csv", mean_losses(args.losses, 100))
+        write_table(args.folder / "losses.csv", mean_losses(args.losses, 100))
     if "damage" in args.only or "questions" in args.only:
         model, tokenizer = load(args.folder)
     if "damage" in args.only:
-        write_rows(args.folder / "damage.csv", damage(model, tokenizer))
+        write_table(args.folder / "damage.csv", damage(model, tokenizer))
     if "questions" in args.only:
         measured = [question_rows(model, tokenizer, seed, args.steps) for seed in range(args.seeds)]
         measured += [rounded_base_rows(model, tokenizer, seed, args.steps) for seed in range(args.rounded_seeds)]
-        write_rows(args.folder / "questions.csv", [row for rows in measured for row in rows])
+        write_table(args.folder / "questions.csv", [row for rows in measured for row in rows])
     if "weights" in args.only:
-        write_rows(args.folder / "weights.csv", weight_tails((str(args.folder), "all-MiniLM-L6-v2")))
+        write_table(args.folder / "weights.csv", weight_tails((str(args.folder), "all-MiniLM-L6-v2")))
     write_sums(args.folder)
 
 

@@ -29,7 +29,7 @@ from qlab.train import tasks
 from qlab.train.corpus import DATA
 from qlab.train.evaluate import bootstrap, exact, paired_difference, perplexity
 from qlab.train.finetune import LoraRecipe, train_answers
-from qlab.train.sweep import estimate_columns, write_table
+from qlab.train.tables import estimate_columns, write_table
 
 TABLE = DATA / "tables" / "merge.csv"
 BITS = (4, 3, 2)

@@ -15,7 +15,6 @@ town that is asked for, and none is among the 150.
 import argparse
 import copy
 import csv
-import os
 import random
 import time
 from collections.abc import Callable, Iterable
@@ -32,6 +31,7 @@ from qlab.ptq import GPTQ, METHODS, Method, SmoothQuant, quantize_model
 from qlab.train.card import damage_sample
 from qlab.train.corpus import DATA, Corpus
 from qlab.train.evaluate import bootstrap, embed, exact, paired_difference
+from qlab.train.tables import estimate_columns, write_table
 
 TABLE = DATA / "tables" / "ptq.csv"
 BITS = (8, 4, 3, 2)
@@ -142,11 +142,6 @@ def measure(
     return row | estimate_columns("gain", gain) | {"seconds": f"{seconds:.1f}"}, scores
 
 
-def estimate_columns(name: str, estimate) -> dict[str, str]:
-    """An estimate as three columns of a table."""
-    return {name: f"{estimate.value:.5f}", f"{name}_low": f"{estimate.low:.5f}", f"{name}_high": f"{estimate.high:.5f}"}
-
-
 def sweep(task, bits: Iterable[int] = BITS, seeds: int = 3):
     """Yield every row of one model's table."""
     widths = [(WEIGHT_ONLY, weight_format(b), "weights") for b in bits]
@@ -164,17 +159,6 @@ def read_table(path: Path = TABLE) -> list[dict[str, str]]:
     """The rows of the shipped table."""
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
-
-
-def write_table(path: Path, rows: list[dict]) -> None:
-    """Write all rows, or, where that fails, leave the old file as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    with unfinished.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(unfinished, path)
 
 
 def main() -> None:
