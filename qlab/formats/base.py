@@ -117,6 +117,10 @@ class Format:
         values = unpack_values(q.packed, self.values, q.shape.numel()).view(q.shape)
         return self.unblocks(self.rescale(self.blocks(values), q.params), q.shape)
 
+    def dequantize_as(self, q: "QTensor", dtype: torch.dtype) -> Tensor:
+        """`dequantize`, rounded once to dtype. Where a format works tile by tile, the whole is never held in float32."""
+        return self.dequantize(q).to(dtype)
+
 
 @dataclass(frozen=True, eq=False)
 class QTensor:
@@ -146,7 +150,7 @@ class QTensor:
 
         The product is taken in float32 and rounded once to the dtype.
         """
-        return self.format.dequantize(self).to(dtype or self.dtype)
+        return self.format.dequantize_as(self, dtype or self.dtype)
 
     @property
     def nbytes(self) -> int:

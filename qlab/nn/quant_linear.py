@@ -31,6 +31,7 @@ from qlab.formats import Format, QTensor
 from qlab.nn.act_quant import ActQuant
 from qlab.nn.base import FrozenBuffers
 from qlab.nn.config import dtype_from_name, dtype_name, format_config, format_from_config
+from qlab.nn.kernels import dequantize
 from qlab.nn.weights import weight_of
 
 
@@ -123,7 +124,7 @@ class QuantLinear(FrozenBuffers):
         return (self._stored_weight(torch.float32) / self.input_scale).to(dtype or self.dtype)
 
     def _stored_weight(self, dtype: torch.dtype) -> Tensor:
-        weight = self.qtensor.dequantize(dtype)
+        weight = dequantize(self.qtensor, dtype)
         return weight if self.g_idx is None else weight[:, self.g_idx.argsort(stable=True).argsort()]
 
     def forward(self, x: Tensor) -> Tensor:

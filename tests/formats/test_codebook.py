@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlab.formats import FP4, NF4, dynamic_map, normal_float_levels
 
@@ -50,6 +51,38 @@ def test_double_quantization_saves_what_the_paper_says():
     assert NF4(64, double_quant=True).quantize(w).bits_per_weight == pytest.approx(
         4 + 8 / 64 + 32 / (64 * 256), abs=1e-4
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("fmt", [NF4(64), FP4(64), NF4(16, double_quant=True), NF4(1), NF4(5), NF4(4096)], ids=repr)
+@pytest.mark.parametrize("n", [1, 127, 128, 129, 1024, 1025, 4999, 5000])
+def test_tiles_give_what_the_whole_gives(monkeypatch, fmt, dtype, n):
+    monkeypatch.setattr("qlab.formats.codebook.CPU_TILE", 128)
+    w = torch.randn(n, generator=torch.Generator().manual_seed(n)) * torch.linspace(0.01, 3, n)
+    q = fmt.quantize(w)
+    assert torch.equal(q.dequantize(dtype), fmt.decode(q.codes, q.params).to(dtype))
+
+
+class LargestFloat32(TorchDispatchMode):
+    """How many float32 numbers the largest tensor held that was made meanwhile."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.dtype == torch.float32:
+            self.size = max(self.size, made.numel())
+        return made
+
+
+def test_a_16_bit_weight_is_never_held_in_float32():
+    q = NF4(64).quantize(torch.randn(1024, 1024))
+    with LargestFloat32() as largest:
+        q.dequantize(torch.bfloat16)
+    assert 0 < largest.size <= 2**17 < q.shape.numel()
+    with LargestFloat32() as largest:
+        q.dequantize(torch.float32)
+    assert largest.size == q.shape.numel(), "what this test would see"
 
 
 def test_decode_is_differentiable_in_absmax():

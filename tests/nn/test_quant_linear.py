@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.functional import linear
+from torch.profiler import profile
 from transformers.pytorch_utils import Conv1D
 
 import qlab.formats
+from qlab.adapters import add_adapters
 from qlab.formats import FP4, NF4, FloatCast, Format, IntAffine
 from qlab.models import replace
 from qlab.nn import ActQuant, Base, QuantLinear, shape_of, weight_of
@@ -99,6 +101,30 @@ def test_the_dequantized_weight_is_not_kept_for_backward():
     y.sum().backward()
     assert x.grad is not None
     assert not any(isinstance(value, torch.Tensor) and value.numel() == OUT * IN for value in vars(layer).values())
+
+
+def memory_kept(call):
+    """(result, bytes): what `call` allocates and does not free, in Python objects or in the autograd graph."""
+    with profile(profile_memory=True) as profiled:
+        result = call()
+    return result, sum(event.self_cpu_memory_usage for event in profiled.events())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_dequantized_weight_survives_any_part_of_a_training_step(dtype):
+    size, x = 256, random(2, 256).to(dtype).requires_grad_()
+    layers = [QuantLinear(NF4().quantize(random(size, size, seed=seed).to(dtype))) for seed in range(3)]
+    model = nn.Sequential(*layers)
+    adapters = add_adapters(model, r=1, target_modules=["0", "1", "2"]).added.values()
+    optimizer = torch.optim.AdamW([p for layer in adapters for p in (layer.lora_A, layer.lora_B)])
+    one_weight = size * size * dtype.itemsize
+    for _ in range(2):
+        y, forward = memory_kept(lambda: model(x))
+        _, backward = memory_kept(lambda y=y: y.sum().backward())
+        _, update = memory_kept(optimizer.step)
+        assert 0 < forward < one_weight / 8 and max(backward, update) < one_weight / 8
+    _, kept = memory_kept(lambda: linear(x, layers[0].dequantized_weight()))
+    assert kept > one_weight, "what this test would see"
 
 
 def test_under_autocast():
