@@ -5,7 +5,7 @@ INSTALLED := $(VENV)/.installed
 # Two processes on the cores make spinning OpenMP threads wait for each other.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: lab test notebooks bench clean
+.PHONY: lab test notebooks bench bench-merge clean
 .DELETE_ON_ERROR:
 
 # torch first: another package's requirement could pull another build of it.
@@ -31,6 +31,10 @@ notebooks: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(PYTHON) tests/bench.py
+
+# qlab merge beside PEFT on a synthetic checkpoint of several gigabytes: minutes, and three times its size on the disk.
+bench-merge: $(INSTALLED)
+	$(PYTHON) tests/bench_merge.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis

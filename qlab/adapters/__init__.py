@@ -17,11 +17,13 @@ from qlab.adapters.merge_weight import (
     survival,
     to_q4_1,
 )
+from qlab.adapters.peft_folder import load_adapter, read_adapter, save_adapter
 from qlab.adapters.qalora import QALoRALinear
 from qlab.models import trainable_parameters
 
 __all__ = [
     "AdapterReport", "LayerMerge", "LoRALinear", "MergeReport", "QALoRALinear", "adapters_of", "add_adapters",
-    "dequantize_model", "measure", "merge", "merge_dequantize", "merge_naive_add", "merge_naive_codes", "merge_requantize",
-    "merge_zero_points", "qtensor_of", "stochastic_codes", "survival", "to_q4_1", "trainable_parameters", "unmerge",
+    "dequantize_model", "load_adapter", "measure", "merge", "merge_dequantize",
+    "merge_naive_add", "merge_naive_codes", "merge_requantize", "merge_zero_points", "qtensor_of", "read_adapter",
+    "save_adapter", "stochastic_codes", "survival", "to_q4_1", "trainable_parameters", "unmerge",
 ]  # fmt: skip
