@@ -233,12 +233,13 @@ def _freeze(model: nn.Module) -> None:
 
 def _frozen(model: nn.Module) -> int:
     """How many numbers do not train, tied and shared ones once."""
-    seen, count = set(), 0
+    sizes = {}
     for module in model.modules():
-        own = dict(module.named_parameters(recurse=False))
-        sizes = {id(parameter): parameter.numel() for parameter in own.values() if not parameter.requires_grad}
-        if isinstance(module, LAYER_TYPES) and not isinstance(module, LoRALinear):
-            sizes[id(own.get("weight", module))] = math.prod(shape_of(module))  # packed codes are fewer
-        count += sum(size for key, size in sizes.items() if key not in seen)
-        seen |= sizes.keys()
-    return count
+        sizes |= {id(p): p.numel() for p in module.parameters(recurse=False) if not p.requires_grad}
+        if (
+            isinstance(module, LAYER_TYPES) and "base" not in module._modules
+        ):  # what wraps a base has no weight of its own
+            weight = module._parameters.get("weight")
+            if weight is None or not weight.requires_grad:
+                sizes[id(module if weight is None else weight)] = math.prod(shape_of(module))  # packed codes are fewer
+    return sum(sizes.values())

@@ -15,7 +15,6 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from qlab.adapters.add import adapters_of
@@ -24,7 +23,9 @@ from qlab.adapters.dequantize import model_dtype, quantized_layers
 from qlab.adapters.lora import LoRALinear
 from qlab.formats import FP4, NF4, QTensor
 from qlab.formats.packing import unpack
+from qlab.models.checksums import sha256
 from qlab.nn import weight_of
+from qlab.nn.config import dtype_name
 from qlab.nn.weights import bitsandbytes_kind
 
 CONFIG, RECORD = "adapter_config.json", "qlab.json"
@@ -72,12 +73,6 @@ def read_record(weights: Path) -> dict | None:
     return record
 
 
-def sha256(path: Path) -> str:
-    """Of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _quantized(model: nn.Module) -> list[str]:
     """Names of the layers that store codes, those under adapters included."""
     under = [name for name, layer in adapters_of(model).items() if holds_codes(layer.base)]
@@ -105,11 +100,6 @@ def _stored_as(layer: nn.Module, model: nn.Module) -> dict:
         settings = {"block_size": fmt.block_size, "double_quant": fmt.double_quant, "dtype": dtype_name(q.dtype)}
         return {"format": fmt.name.lower(), **settings}
     return {"format": repr(q.format), "dtype": dtype_name(q.dtype)}
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """The name that configs use: "bfloat16" and the like, as configs write it."""
-    return str(dtype).removeprefix("torch.")
 
 
 def layer_checksum(layer: nn.Module) -> str:

@@ -17,7 +17,6 @@ There a `BiasLinear` takes the bias out and adds it itself. When training is ove
 Axis legend: out, in = rows and columns of the weight.
 """
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from qlab.adapters.add import LAYER_TYPES, adapters_of
+from qlab.adapters.add import LAYER_TYPES, _frozen, adapters_of
 from qlab.adapters.bases import holds_codes
 from qlab.models import find_linears, find_tied, replace
 from qlab.nn import LINEAR_TYPES, shape_of, weight_of
@@ -231,15 +230,3 @@ def _unfreeze(report: BitFitReport, heads: tuple[str, ...], norms: bool) -> None
                 report.skipped[name] = f"it is {parameter.dtype}, where small steps round away"
                 continue
         report.trained[name] = parameter.requires_grad_(True)
-
-
-def _frozen(model: nn.Module) -> int:
-    """How many numbers do not train, tied and shared ones once."""
-    sizes = {}
-    for module in model.modules():
-        sizes |= {id(p): p.numel() for p in module.parameters(recurse=False) if not p.requires_grad}
-        if isinstance(module, LAYER_TYPES) and not isinstance(module, BiasLinear):
-            weight = module._parameters.get("weight")
-            if weight is None or not weight.requires_grad:
-                sizes[id(module if weight is None else weight)] = math.prod(shape_of(module))  # packed codes are fewer
-    return sum(sizes.values())

@@ -28,13 +28,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from qlab.adapters.base_record import dtype_name
 from qlab.adapters.merge_plan import BaseLayer, Plan, make_plan
 from qlab.adapters.merge_weight import add
 from qlab.adapters.predict import predict_survival, survival_text
 from qlab.adapters.stored import SLAB
 from qlab.adapters.verify_merge import INPUTS, Check, product, reference_name, verify_file, verify_model
 from qlab.models.shards import INDEX, Entry, ShardWriter
+from qlab.nn.config import dtype_name
 
 VERIFY = ("layers", "model", "none")
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from qlab.adapters.base_record import CHECKED, RECORD, check_base, checksum, dtype_name
+from qlab.adapters.base_record import CHECKED, RECORD, check_base, checksum
 from qlab.adapters.peft_folder import AdapterFolder, FolderLayer, check_shape, no_such_layer, read_adapter
 from qlab.adapters.stored import Specs, Storage, check_same, storage_of
 from qlab.models.shards import Entry, read_checkpoint
 from qlab.models.sources import download, locate
+from qlab.nn.config import dtype_name
 
 HOW = ("dequantize", "original", "requantize")
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

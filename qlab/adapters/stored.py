@@ -23,10 +23,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qlab.adapters.base_record import dtype_name
 from qlab.formats import FP4, NF4, QTensor
 from qlab.formats.base import check_weights
 from qlab.formats.codebook import DOUBLE_QUANT_BLOCK, BlockCodebook, dynamic_map
+from qlab.nn.config import dtype_name
 
 FORMATS = {"nf4": NF4, "fp4": FP4}
 SLAB = 1 << 20  # weights; a multiple of every block size

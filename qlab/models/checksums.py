@@ -39,11 +39,16 @@ def verify_files(folder: Path, expected: dict[str, str]) -> None:
         if not path.is_file():
             wrong.append(f"{name} is missing")
             continue
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = sha256(path)
         if found != digest:
             wrong.append(f"{name} ({path.stat().st_size} bytes) has SHA-256 {found}, expected {digest}")
     if wrong:
         raise ValueError(
             f"{folder.name} is refused: {'; '.join(wrong)}. The files are damaged or changed: restore or reinstall them"
         )
+
+
+def sha256(path: Path) -> str:
+    """Of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

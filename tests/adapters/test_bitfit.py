@@ -273,3 +273,9 @@ def test_what_cannot_be_done_is_refused_before_anything_changes():
     with pytest.raises(ValueError, match="merge them first"):
         bitfit(adapted)
     assert all(p.requires_grad for name, p in model.named_parameters() if not name.startswith("classifier"))
+
+
+def test_adapters_on_wrapped_layers_count_each_number_once():
+    model = nn.Sequential(nn.Linear(8, 4).bfloat16(), nn.Linear(4, 2))
+    assert bitfit(model).wrapped == ["0"]
+    assert add_adapters(model, r=2, target_modules=["1"]).frozen == 8 * 4 + 4 + 4 * 2 + 2
