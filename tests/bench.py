@@ -32,7 +32,7 @@ from qlab.formats import NF4, IntAffine, KMeans
 from qlab.models import guard_bitsandbytes, replace, trainable_parameters
 from qlab.nn import QuantLinear
 from qlab.ptq import gptq, hqq, quantize_model
-from qlab.train.sweep import LanguageTask, weight_format
+from qlab.train.ptq_sweep import LanguageTask, weight_format
 
 guard_bitsandbytes()
 import bitsandbytes.functional as bnb  # noqa: E402 (after the guard, which quiets its import)

@@ -19,9 +19,9 @@ from tqdm import tqdm
 from qlab.formats import NF4, Format, IntAffine
 from qlab.models import find_linears, load
 from qlab.train import tasks
+from qlab.train.answers import LoraRecipe, train_lora
 from qlab.train.corpus import DATA
 from qlab.train.evaluate import Estimate, exact_match, perplexity
-from qlab.train.finetune import LoraRecipe, finetune
 from qlab.train.pretrain import mean_losses
 from qlab.train.tables import estimate_columns, write_table
 
@@ -85,7 +85,7 @@ def question_rows(model, tokenizer, seed: int, steps: int) -> list[dict]:
     """One seed of the question task: before any adapter, after a LoRA, and with the base rounded under that LoRA."""
     train, test = tasks.question_task(seed, test_towns=250)
     rows = [question_row(seed, "none", "no adapter", exact_match(model, tokenizer, test))]
-    tuned = finetune(copy.deepcopy(model), tokenizer, train, LoraRecipe(steps=steps), seed)
+    tuned = train_lora(copy.deepcopy(model), tokenizer, train, LoraRecipe(steps=steps), seed)
     rows.append(question_row(seed, "none", "on", exact_match(tuned, tokenizer, test)))
     for label in ("nf4 g64", *(f"int{b} g64" for b in BITS)):
         under = copy.deepcopy(tuned)
@@ -102,7 +102,7 @@ def rounded_base_rows(
     rows = []
     for label in labels:
         fmt = damage_formats()[label]
-        tuned = finetune(rounded(model, fmt), tokenizer, train, LoraRecipe(steps=steps), seed)
+        tuned = train_lora(rounded(model, fmt), tokenizer, train, LoraRecipe(steps=steps), seed)
         rows.append(question_row(seed, label, "on", exact_match(tuned, tokenizer, test)))
         merged = tuned.merge_and_unload()
         rows.append(question_row(seed, label, "merged, not rounded", exact_match(merged, tokenizer, test)))

@@ -14,9 +14,9 @@ from qlab.formats import IntAffine
 from qlab.models import load
 from qlab.ptq import quantize_model
 from qlab.train import tasks
+from qlab.train.answers import LoraRecipe, train_answers
 from qlab.train.classify import Classifier, ClassifyRecipe, classified, padded, train_classifier
 from qlab.train.evaluate import exact, perplexity
-from qlab.train.finetune import LoraRecipe, train_answers
 from qlab.train.intents import INTENTS, requests
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from qlab.train import merge_tasks, merges
+from qlab.train.answers import LoraRecipe
 from qlab.train.classify import ClassifyRecipe
-from qlab.train.finetune import LoraRecipe
 
 
 class Small(merge_tasks.MergeTask):

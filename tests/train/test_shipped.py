@@ -10,9 +10,9 @@ import torch
 from qlab.models import find_linears, load
 from qlab.models.checksums import verify_sha256sums
 from qlab.train import card, tasks
+from qlab.train.answers import LoraRecipe, answer_loss, train_lora
 from qlab.train.corpus import DATA, Corpus, train_tokenizer
 from qlab.train.evaluate import exact_match, report
-from qlab.train.finetune import LoraRecipe, answer_loss, finetune
 
 FOLDER = DATA / "qlab-mini"
 
@@ -145,7 +145,7 @@ def test_finetune_trains_adapters_only_and_repeats_itself(mini):
     states = []
     for _ in range(2):
         model, tokenizer = load("qlab-mini")
-        tuned = finetune(model, tokenizer, train, LoraRecipe(steps=3, batch_size=8), seed=1)
+        tuned = train_lora(model, tokenizer, train, LoraRecipe(steps=3, batch_size=8), seed=1)
         states.append({name: p.detach() for name, p in tuned.named_parameters()})
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     trained = {n for n, p in tuned.named_parameters() if p.requires_grad}

@@ -1,6 +1,6 @@
 """LoRA on the question task, in one short loop: what the base model's figures in its card were made with.
 
-`python -m qlab.train.finetune` prints exact match on the test entities before and after, for several seeds.
+`python -m qlab.train.answers` prints exact match on the test entities before and after, for several seeds.
 LoRA: Hu et al., arXiv 2106.09685, section 4.1; the adapters are PEFT's.
 """
 
@@ -37,7 +37,7 @@ def answer_loss(model, ids: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits[answer[:, 1:]].float(), ids[:, 1:][answer[:, 1:]])
 
 
-def finetune(
+def train_lora(
     model, tokenizer, items: Sequence[Item], recipe: LoraRecipe = LoraRecipe(), seed: int = 0, progress: bool = False
 ):
     """Wrap `model` in LoRA adapters and train them on `items`; returns the PeftModel (the base is not changed)."""
@@ -98,7 +98,7 @@ def main() -> None:
         model, tokenizer = load(args.model)
         train, test = tasks.question_task(seed, args.train_towns, args.test_towns)
         before = exact_match(model, tokenizer, test)
-        model = finetune(model, tokenizer, train, recipe, seed, progress=not args.json)
+        model = train_lora(model, tokenizer, train, recipe, seed, progress=not args.json)
         rows.append(
             {
                 "seed": seed,

@@ -1,4 +1,4 @@
-"""Post-training methods side by side: `python -m qlab.train.sweep` measures them and writes data/tables/ptq.csv.
+"""Post-training methods side by side: `python -m qlab.train.ptq_sweep` measures them and writes data/tables/ptq.csv.
 
 Every method gets the same format, asymmetric integers in groups of 64 with float16 scale and zero point, so that at one
 width only the choice of the codes differs; those that quantize activations too (W8A8) get 8-bit integers per channel.
