@@ -1,6 +1,6 @@
 """Adapters on frozen layers, and what becomes of them when they are merged."""
 
-from qlab.adapters.add import AdapterReport, adapters_of, add_adapters
+from qlab.adapters.add import AdapterReport, adapters_of, add_adapters, add_qat_lora
 from qlab.adapters.bases import qtensor_of
 from qlab.adapters.bitfit import BiasLinear, BitFitReport, bitfit, fold_biases
 from qlab.adapters.dequantize import dequantize_model
@@ -21,7 +21,7 @@ from qlab.adapters.merge_weight import (
 )
 from qlab.adapters.peft_folder import load_adapter, read_adapter, save_adapter
 from qlab.adapters.qalora import QALoRALinear
-from qlab.adapters.qat_lora import QATLoRALinear, add_qat_lora, convert_qat_lora
+from qlab.adapters.qat_lora import QATLoRALinear, convert_qat_lora
 from qlab.models import trainable_parameters
 
 __all__ = [

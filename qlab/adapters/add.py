@@ -19,10 +19,11 @@ from torch import nn
 
 from qlab.adapters.lora import LoRALinear
 from qlab.adapters.qalora import QALoRALinear
+from qlab.adapters.qat_lora import QATLoRALinear
 from qlab.models import find_linears, find_tied, replace, trainable_parameters, untie
 from qlab.nn import LINEAR_TYPES, Base, shape_of
 
-KINDS: dict[str, type[LoRALinear]] = {"lora": LoRALinear, "qalora": QALoRALinear}
+KINDS: dict[str, type[LoRALinear]] = {"lora": LoRALinear, "qalora": QALoRALinear, "qat": QATLoRALinear}
 LAYER_TYPES = (*LINEAR_TYPES, Base)  # LoRALinear is a Base too: adapters are found, and refused, as what they are
 
 
@@ -43,7 +44,7 @@ class AdapterReport:
     def __str__(self) -> str:
         lines = [f"{'layer':40} {'(out, in)':>14} {'r':>4} {'scaling':>8} {'trains':>9} {'frozen':>10}  base"]
         for name, layer in self.added.items():
-            trains = layer.lora_A.numel() + layer.lora_B.numel()
+            trains = sum(parameter.numel() for parameter in layer.adapter_parameters())
             frozen, kind = _frozen(layer.base), getattr(layer.base, "format", type(layer.base).__name__)
             lines.append(
                 f"{name:40} {layer.shape!s:>14} {layer.r:4} {layer.scaling:8.4g} {trains:9} {frozen:10}  {kind}"
@@ -73,13 +74,14 @@ def add_adapters(
 
     Parameters
     ----------
-    kind : "lora" | "qalora".
+    kind : "lora" | "qalora" | "qat".
     target_modules, exclude_modules : see above; what is excluded is never a target.
     rank_pattern, alpha_pattern : r and lora_alpha of single layers; the others get `r` and `lora_alpha`.
     tied : layers whose weight belongs to another module too (lm_head and the embedding): "skip" refuses to adapt one that
         `target_modules` names, because a merge would change both, and leaves it out of "all-linear"; "untie" gives it its own
         copy of the weight first.
-    settings : for each layer: lora_dropout, use_rslora, dtype; pooling of QALoRALinear.
+    settings : for each layer: lora_dropout, use_rslora, dtype; pooling of QALoRALinear; fmt, school and method of QATLoRALinear,
+        whose learned grids train too (`qlab.qat.parameter_groups(model, lr, grid_lr)` gives them a learning rate of their own).
 
     Adapters that the model has already are left as they are. As in PEFT without a task_type, "all-linear" means a
     classification head too: exclude and unfreeze it where it is to train in full. Unlike in PEFT, a shared layer gets its one adapter
@@ -114,6 +116,10 @@ def add_adapters(
     _freeze(result.model)
     trainable = sum(parameter.numel() for parameter in trainable_parameters(result.model))
     return AdapterReport(result.model, result.replaced, skipped, trainable, _frozen(result.model))
+
+
+def add_qat_lora(model: nn.Module, fmt, *, school: str = "merged", method: str = "ste", **settings) -> AdapterReport:
+    return add_adapters(model, "qat", fmt=fmt, school=school, method=method, **settings)
 
 
 def adapters_of(model: nn.Module) -> dict[str, LoRALinear]:
@@ -225,7 +231,7 @@ def _untie(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def _freeze(model: nn.Module) -> None:
-    adapters = {id(p) for layer in adapters_of(model).values() for p in (layer.lora_A, layer.lora_B)}
+    adapters = {id(p) for layer in adapters_of(model).values() for p in layer.adapter_parameters()}
     for parameter in model.parameters():
         if id(parameter) not in adapters:
             parameter.requires_grad_(False)

@@ -88,6 +88,10 @@ class LoRALinear(nn.Module):
         """(out,), the base's, or None."""
         return self.base.bias
 
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """What trains."""
+        return [self.lora_A, self.lora_B]
+
     def delta_weight(self) -> Tensor:
         """ΔW: (out, in), weight units, float32 or wider. Differentiable in A and B."""
         wide = torch.promote_types(self.lora_A.dtype, torch.float32)

@@ -23,19 +23,16 @@ State dict: lora_A, lora_B as in LoRALinear; base.… those of the base, which i
 Axis legend: out, in = rows and columns of W; r = rank.
 """
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qlab import models
-from qlab.adapters import add
-from qlab.adapters.add import AdapterReport, adapters_of
 from qlab.adapters.lora import LoRALinear
 from qlab.formats import Format, QTensor
-from qlab.models import Replacement, trainable_parameters
+from qlab.models import Replacement, find_linears
+from qlab.models import replace as replace_layers
 from qlab.nn import LINEAR_TYPES, QuantLinear, weight_of
 from qlab.nn.weights import bitsandbytes_kind
 from qlab.qat import METHODS, FakeQuant, QATLinear
@@ -95,6 +92,10 @@ class QATLoRALinear(LoRALinear):
     def grid_parameters(self) -> list[nn.Parameter]:
         """Learned steps, zero points or levels."""
         return [] if self.school == "factors" else list(self.base.weight_quant.parameters())
+
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """What trains: A and B, and a learned grid."""
+        return [*super().adapter_parameters(), *self.grid_parameters()]
 
     def merged_weight(self) -> Tensor:
         """W + ΔW, all real numbers, nothing rounded: (out, in), weight units, float32 or wider."""
@@ -174,49 +175,6 @@ class QATLoRALinear(LoRALinear):
         return f"{super().extra_repr()}, {self.school}, {self.format}"
 
 
-def add_qat_lora(
-    model: nn.Module,
-    fmt: Format,
-    *,
-    school: str = "merged",
-    method: str = "ste",
-    r: int = 8,
-    lora_alpha: float = 16,
-    target_modules: str | Iterable[str] = "all-linear",
-    exclude_modules: str | Iterable[str] = (),
-    **settings,
-) -> AdapterReport:
-    """Wrap the layers that `target_modules` means in QATLoRALinear, in place, and freeze every other parameter.
-
-    fmt, school, method, settings: as in QATLoRALinear. Targets, errors and the report: as in `add_adapters`. A layer whose weight
-    is tied to another module is left out of "all-linear", and refused where it is named.
-
-    A learned grid trains with A and B: `qlab.qat.parameter_groups(model, lr, grid_lr)` gives it a learning rate of its own.
-    """
-    settings = {"fmt": fmt, "school": school, "method": method, **settings}
-    targets = add._targets(model, target_modules, add._listed("exclude_modules", exclude_modules))
-    ranks, alphas = dict.fromkeys(targets, r), dict.fromkeys(targets, lora_alpha)
-    required_grad = trainable_parameters(model)
-    everything = isinstance(target_modules, str) and add._is_all_linear(target_modules)
-    try:
-        made = {name: add._made(QATLoRALinear, name, base, ranks, alphas, settings) for name, base in targets.items()}
-        select = (lambda name, _: name in made) if everything else list(made)
-        result = models.replace(model, select, lambda name, _: made[name], types=add.LAYER_TYPES)
-        if not result.replaced:
-            raise ValueError(f"every target is tied to another module ({', '.join(made)}): untie it first")
-    except Exception:
-        for parameter in required_grad:
-            parameter.requires_grad_(True)
-        raise
-    add._freeze(result.model)
-    for layer in _layers_of(result.model).values():
-        for parameter in layer.grid_parameters():
-            parameter.requires_grad_(True)
-    skipped = {name: f"its weight is tied to {', '.join(others)}" for name, others in result.skipped_tied.items()}
-    trainable = sum(parameter.numel() for parameter in trainable_parameters(result.model))
-    return AdapterReport(result.model, result.replaced, skipped, trainable, add._frozen(result.model))
-
-
 def convert_qat_lora(model: nn.Module) -> Replacement:
     """Replace every QATLoRALinear of `model`, in place, by what `QATLoRALinear.convert` makes of it.
 
@@ -229,10 +187,10 @@ def convert_qat_lora(model: nn.Module) -> Replacement:
     Raises ValueError for a model without such layers and, naming the layer, for NaN or Inf in W + ΔW, A or B; RuntimeError for
     a step that was learned down to 0. Nothing is changed then.
     """
-    layers = _layers_of(model)
+    layers = find_linears(model, (QATLoRALinear,))
     if not layers:
         raise ValueError(
-            "there is no QATLoRALinear in this model: call add_qat_lora first, unless it has been converted already"
+            "there is no QATLoRALinear in this model: call add_adapters(model, 'qat', …) first, unless it has been converted already"
         )
     made = {}
     for name, layer in layers.items():
@@ -241,11 +199,7 @@ def convert_qat_lora(model: nn.Module) -> Replacement:
         except (ValueError, RuntimeError) as error:
             error.add_note(f"while converting the layer {name!r}. Nothing was changed")
             raise
-    return models.replace(model, lambda name, _: name in made, lambda name, _: made[name], types=(QATLoRALinear,))
-
-
-def _layers_of(model: nn.Module) -> dict[str, QATLoRALinear]:
-    return {name: layer for name, layer in adapters_of(model).items() if isinstance(layer, QATLoRALinear)}
+    return replace_layers(model, lambda name, _: name in made, lambda name, _: made[name], types=(QATLoRALinear,))
 
 
 def _check_settings(school: str, method: str, settings: dict) -> None:

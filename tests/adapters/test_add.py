@@ -286,7 +286,7 @@ def test_refused_settings_change_nothing(fails):
 @pytest.mark.parametrize(
     "arguments, why",
     [
-        ({"kind": "dora"}, "kind is one of 'lora', 'qalora', got 'dora'"),
+        ({"kind": "dora"}, "kind is one of 'lora', 'qalora', 'qat', got 'dora'"),
         ({"target_modules": ["q_porj"]}, "'q_porj', which ends no module's name. Close: q_proj"),
         ({"target_modules": ["q_proj", "query"]}, "'query', which ends no module's name"),
         ({"target_modules": "q_proj"}, "means no layer .*model.layers.0.self_attn.q_proj"),

@@ -9,7 +9,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from qlab.adapters import LoRALinear, adapters_of, add_adapters, merge
-from qlab.adapters.qat_lora import QATLoRALinear, add_qat_lora, convert_qat_lora
+from qlab.adapters.qat_lora import QATLoRALinear, convert_qat_lora
 from qlab.formats import MXFP4, NF4, Binary, FloatCast, IntAffine, Ternary
 from qlab.models import guard_bitsandbytes, trainable_parameters
 from qlab.nn import Base, QuantLinear, weight_of
@@ -52,6 +52,10 @@ def make(base, fmt=CHANNEL, r=3, lora_alpha=7.0, **settings):
         layer.lora_A.copy_(torch.randn(layer.lora_A.shape, generator=seeded(5)) * 0.3)
         layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=seeded(4)) * 0.1)
     return layer
+
+
+def add(model, fmt, **settings):
+    return add_adapters(model, "qat", fmt=fmt, **settings)
 
 
 def train(model, steps=3, lr=0.02, seed=6, optimizer=None):
@@ -198,7 +202,7 @@ def test_merged_training_lowers_the_loss_of_the_rounded_model():
 @pytest.mark.parametrize("school", ["merged", "base"])
 def test_conversion_is_what_trained(school, fmt, method):
     model = network()
-    report = add_qat_lora(model, fmt, school=school, method=method, r=2, lora_alpha=6)
+    report = add(model, fmt, school=school, method=method, r=2, lora_alpha=6)
     train(model).eval()
     x = torch.randn(7, IN, generator=seeded(8))
     with torch.no_grad():
@@ -219,7 +223,7 @@ def test_conversion_is_what_trained(school, fmt, method):
 def test_conversion_of_factors(fmt):
     model = network()
     before = model[0].weight.clone()
-    report = add_qat_lora(model, fmt, school="factors", r=2, lora_alpha=6)
+    report = add(model, fmt, school="factors", r=2, lora_alpha=6)
     train(model).eval()
     stored = {name: layer.quantized_factors() for name, layer in report.added.items()}
     x = torch.randn(7, IN, generator=seeded(8))
@@ -267,7 +271,7 @@ def test_frozen_base_is_qlora():
 @pytest.mark.parametrize("fmt", [CHANNEL, IntAffine(3, False, **GROUP)], ids=str)
 def test_learned_grids(fmt, school, method):
     model = network(1)
-    report = add_qat_lora(model, fmt, school=school, method=method, r=2)
+    report = add(model, fmt, school=school, method=method, r=2)
     grids = grid_parameters(model)
     n_grids = sum(p.numel() for p in grids)
     factors = sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in report.added.values())
@@ -290,7 +294,7 @@ def test_learned_grids(fmt, school, method):
 @pytest.mark.parametrize("school", SCHOOLS)
 def test_merge_before_conversion_keeps_the_function(school):
     model = network(1)
-    add_qat_lora(model, FACTORS, school=school, r=2)
+    add(model, FACTORS, school=school, r=2)
     train(model).eval()
     x = torch.randn(7, IN, generator=seeded(8))
     expected = model(x).detach()
@@ -303,7 +307,7 @@ def test_requantizing_the_base_school_costs_and_the_merged_school_does_not():
     x, errors = torch.randn(64, IN, generator=seeded(8)), {}
     for school in ("merged", "base"):
         model = nn.Sequential(plain())
-        add_qat_lora(model, IntAffine(2, granularity="channel"), school=school, r=4)
+        add(model, IntAffine(2, granularity="channel"), school=school, r=4)
         y = train(model, steps=20).eval()(x).detach()
         convert_qat_lora(model)
         if school == "base":
@@ -348,7 +352,7 @@ def test_dropout_is_the_adapters_alone(school):
 
 def test_settings_reach_the_converted_layer():
     model = nn.Sequential(plain())
-    layer = add_qat_lora(model, CHANNEL, school="base", r=4, lora_alpha=6, lora_dropout=0.5, use_rslora=True).added["0"]
+    layer = add(model, CHANNEL, school="base", r=4, lora_alpha=6, lora_dropout=0.5, use_rslora=True).added["0"]
     assert layer.scaling == 3
     new = convert_qat_lora(model).replaced["0"]
     assert (
@@ -358,13 +362,24 @@ def test_settings_reach_the_converted_layer():
 
 def test_targets_and_report():
     model = network()
-    report = add_qat_lora(model, CHANNEL, r=2, target_modules=["0", "2"])
+    report = add(model, CHANNEL, r=2, target_modules=["0", "2"])
     assert list(report.added) == ["0", "2"] and [layer.r for layer in report.added.values()] == [2, 2]
     assert report.trainable == 2 * 2 * (IN + IN) == sum(p.numel() for p in trainable_parameters(model))
     assert not model[4].weight.requires_grad and type(model[4]) is nn.Linear
     assert "2 adapters" in str(report) and "merged, IntAffine(bits=4" in repr(model[0])
     convert_qat_lora(model)
     assert [type(model[i]) for i in (0, 2, 4)] == [QuantLinear, QuantLinear, nn.Linear]
+
+
+def test_ranks_and_ties_as_of_other_adapters():
+    model = nn.ModuleDict({"embedding": nn.Embedding(OUT, IN), "inner": plain(), "head": plain()})
+    model["head"].weight = model["embedding"].weight
+    report = add(model, CHANNEL, method="lsq", r=2, rank_pattern={"head": 5}, alpha_pattern={"head": 10}, tied="untie")
+    assert [(layer.r, layer.scaling) for layer in report.added.values()] == [(2, 8.0), (5, 2.0)]
+    assert model["head"].base.weight is not model["embedding"].weight
+    learned = sum(grid.numel() for grid in grid_parameters(model))
+    assert learned == 2 * OUT and report.trainable == 7 * (IN + OUT) + learned
+    assert f"{2 * (IN + OUT) + OUT} " in str(report)
 
 
 def linear4bit():
@@ -377,19 +392,19 @@ def linear4bit():
 def test_refuses_codes_where_it_needs_weights(school):
     for base, kind in ((QuantLinear.from_linear(plain(), NF4(64)), "QuantLinear"), (linear4bit(), "Linear4bit")):
         with pytest.raises(TypeError, match=kind):
-            add_qat_lora(nn.Sequential(base), CHANNEL, school=school, target_modules=["0"])
-    add_qat_lora(nn.Sequential(linear4bit()), CHANNEL, school="factors", target_modules=["0"])
+            add(nn.Sequential(base), CHANNEL, school=school, target_modules=["0"])
+    add(nn.Sequential(linear4bit()), CHANNEL, school="factors", target_modules=["0"])
 
 
 def test_refuses_a_second_wrapping():
-    for wrap in (add_adapters, lambda model: add_qat_lora(model, CHANNEL, school="base")):
+    for wrap in (add_adapters, lambda model: add(model, CHANNEL, school="base")):
         model = network(1)
         wrap(model)
-        for again in (add_adapters, lambda model: add_qat_lora(model, CHANNEL)):
+        for again in (add_adapters, lambda model: add(model, CHANNEL)):
             with pytest.raises(ValueError, match="have an adapter already"):
                 again(model)
     with pytest.raises(TypeError, match="QATLinear"):
-        add_qat_lora(prepare_qat(network(1), CHANNEL).model, CHANNEL)
+        add(prepare_qat(network(1), CHANNEL).model, CHANNEL)
     for school in SCHOOLS:
         with pytest.raises(TypeError, match="LoRALinear"):
             QATLoRALinear(LoRALinear(plain(), 2, 4), 2, 4, fmt=CHANNEL, school=school)
@@ -412,7 +427,7 @@ def test_refuses_a_second_wrapping():
 def test_refused_settings_change_nothing(settings, match):
     model = network(1)
     with pytest.raises(ValueError, match=match):
-        add_qat_lora(model, **{"fmt": CHANNEL} | settings)
+        add(model, **{"fmt": CHANNEL} | settings)
     assert all(p.requires_grad for p in model.parameters()) and type(model[0]) is nn.Linear
 
 
@@ -428,7 +443,7 @@ def test_refusals_of_conversion():
     with pytest.raises(ValueError, match="no QATLoRALinear"):
         convert_qat_lora(network())
     model = network(1)
-    add_qat_lora(model, CHANNEL)
+    add(model, CHANNEL)
     with torch.no_grad():
         model[2].lora_B[0, 0] = torch.nan
     with pytest.raises(ValueError) as error:
@@ -441,12 +456,12 @@ def test_refusals_of_conversion():
 
 
 def test_a_single_layer_and_a_shared_one():
-    report = add_qat_lora(plain(), CHANNEL)
+    report = add(plain(), CHANNEL)
     assert type(report.model) is QATLoRALinear and type(report.model.base) is QATLinear
     assert type(convert_qat_lora(report.model).model) is QuantLinear
     shared = nn.Linear(IN, IN)
     model = nn.Sequential(shared, nn.Tanh(), shared)
-    add_qat_lora(model, CHANNEL)
+    add(model, CHANNEL)
     convert_qat_lora(model)
     assert model[0] is model[2] and type(model[0]) is QuantLinear
 
@@ -455,11 +470,11 @@ def test_tied_layers():
     model = nn.ModuleDict({"embedding": nn.Embedding(OUT, IN), "inner": plain(), "head": plain()})
     model["head"].weight = model["embedding"].weight
     with pytest.raises(ValueError, match="shares its weight"):
-        add_qat_lora(model, CHANNEL, target_modules=["head"])
+        add(model, CHANNEL, target_modules=["head"])
     assert model["head"].weight.requires_grad and model["inner"].weight.requires_grad
-    report = add_qat_lora(model, CHANNEL)
+    report = add(model, CHANNEL)
     assert list(report.added) == ["inner"] and "embedding.weight" in report.skipped["head"]
     assert model["head"].weight is model["embedding"].weight
     alone = nn.ModuleDict({"embedding": model["embedding"], "head": model["head"]})
     with pytest.raises(ValueError, match="every target is tied"):
-        add_qat_lora(alone, CHANNEL)
+        add(alone, CHANNEL)
