@@ -101,8 +101,8 @@ def add_adapters(
         made = {name: _made(KINDS[kind], name, base, ranks, alphas, settings) for name, base in targets.items()}
         everything = isinstance(target_modules, str) and _is_all_linear(target_modules)
         select = (lambda name, _: name in made) if everything else list(made)
-        if tied == "untie":
-            _untie(model, made)
+        for name in _untie(model, made) if tied == "untie" else ():
+            made[name] = _made(KINDS[kind], name, targets[name], ranks, alphas, settings)  # over its own weight
         result = replace(model, select, lambda name, _: made[name], tied=tied, types=LAYER_TYPES)
         if not result.replaced:
             raise ValueError(
@@ -223,11 +223,13 @@ def _made(kind: type[LoRALinear], name: str, base: nn.Module, ranks, alphas, set
         raise
 
 
-def _untie(model: nn.Module, names: Iterable[str]) -> None:
+def _untie(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Those of `names` that were tied, and have their own weight now."""
     tied = {name.rpartition(".")[0] for group in find_tied(model) for name in group}
-    for name in names:
-        if name in tied:
-            untie(model, name)
+    untied = [name for name in names if name in tied]
+    for name in untied:
+        untie(model, name)
+    return untied
 
 
 def _freeze(model: nn.Module) -> None:
