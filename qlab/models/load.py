@@ -14,6 +14,7 @@ import torch
 import transformers.utils.logging
 
 from qlab.models.guard import guard_bitsandbytes
+from qlab.models.quantized import is_quantized_folder, open_quantized
 from qlab.models.sources import download, locate
 
 if TYPE_CHECKING:
@@ -28,9 +29,10 @@ def load(
     """(model, tokenizer), the model in eval mode on `device` with its floating-point weights in `dtype`.
 
     Causal LMs come with their head (AutoModelForCausalLM), BERT-type encoders without one (AutoModel). The
-    bitsandbytes guard goes on first, so a folder saved in 4 bit is safe to evaluate.
+    bitsandbytes guard goes on first, so a folder saved in 4 bit is safe to evaluate. A folder that `save_quantized` wrote comes
+    back with its QuantLinear layers; their weights follow the dtype of what they are multiplied with.
 
-    Raises what `locate` raises; ValueError for a device that is not there, a `dtype` that is not floating
+    Raises what `locate` and `open_quantized` raise; ValueError for a device that is not there, a `dtype` that is not floating
     point, an architecture that is neither, and a checkpoint that lacks weights.
     """
     device = torch.device(device)
@@ -45,8 +47,11 @@ def load(
         from transformers import AutoTokenizer
 
         folder = download(source)
-        auto_class = _auto_class(folder)
         safe = {"local_files_only": True, "trust_remote_code": False}
+        if is_quantized_folder(folder):
+            model = open_quantized(folder, device, dtype)
+            return model, AutoTokenizer.from_pretrained(folder, config=model.config, **safe)
+        auto_class = _auto_class(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, **safe)
         model, report = auto_class.from_pretrained(
             folder, use_safetensors=True, dtype=dtype, output_loading_info=True, **safe
