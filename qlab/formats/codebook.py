@@ -138,7 +138,8 @@ class BlockCodebook(Format):
         codes = nearest_code(
             nested * (1 / scale.clamp(min=SMALLEST_ABSMAX)).unsqueeze(-1), dynamic_map().to(absmax.device)
         )
-        return {"absmax_code": codes.reshape(-1)[: len(absmax)], "absmax_scale": scale, "absmax_offset": offset}
+        codes = codes.reshape(-1)[: len(absmax)].clone()  # without the padding of the last block of blocks
+        return {"absmax_code": codes, "absmax_scale": scale, "absmax_offset": offset}
 
     def absmax(self, params: Params) -> Tensor:
         """(n_blocks,) float32: the absmax that decoding uses, itself decoded where it is stored in 8 bits."""

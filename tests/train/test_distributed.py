@@ -1,4 +1,4 @@
-"""Several processes train what one would: FSDP2 shares the parameters, DDP copies them."""
+"""Two processes, each with its copy of the model and half of every batch (DDP), train what one process does."""
 
 import json
 import os
@@ -10,48 +10,32 @@ import pytest
 
 from qlab.train.tasks import question_task
 
-FSDP, DDP = (Path(__file__).with_name(f"{name}_worker.py") for name in ("fsdp", "ddp"))
+WORKER = Path(__file__).with_name("ddp_worker.py")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
-def run(*arguments) -> str:
-    """What a Python process with these arguments prints. One thread each, so that sums do not depend on the machine."""
+def run(settings: dict, *launcher: str) -> list[dict]:
+    """What each process prints, in the order of their ranks. One thread each, so that sums do not depend on the machine."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, env=env, timeout=300)
+    command = [sys.executable, *launcher, str(WORKER), json.dumps(settings)]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    return sorted(map(json.loads, lines), key=lambda result: result["rank"])
 
 
-def results(output: str) -> list[dict]:
-    return sorted((json.loads(line) for line in output.splitlines() if line[:1] == "{"), key=lambda r: r["rank"])
-
-
-@pytest.mark.parametrize("method", ["lora", "qlora"])
-def test_fsdp2_shares_the_model_and_trains_the_same_adapter(method):
-    (alone,), shared = results(run(FSDP, method)), results(run(*TORCHRUN, FSDP, method))
-    assert [result["rank"] for result in shared] == [0, 1]
-    assert shared[0]["adapter"] == shared[1]["adapter"]
-    assert shared[0]["losses"] == shared[1]["losses"] == pytest.approx(alone["losses"], rel=1e-5)
-    assert alone["losses"][-1] < alone["losses"][0] / 2
-    for result in shared:  # every row of every parameter is on one rank; packed codes are buffers, on both
-        assert result["parameter_bytes"] * 2 == alone["parameter_bytes"]
-        assert result["buffer_bytes"] == alone["buffer_bytes"]
-
-
-@pytest.mark.parametrize("method", ["qlora", "qalora"])
-def test_two_processes_train_what_one_does(tmp_path, method):
+def test_two_processes_train_what_one_does(tmp_path):
     """The same rows at every step, half of them in each process: the means differ by rounding, and so does what comes of them."""
     train, test = question_task(0, 20, 10)
     for name, items in (("train", train), ("test", test)):
         rows = [json.dumps({"prompt": item.prompt, "answer": item.answer}) for item in items]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
     settings = {
-        "model": "qlab-mini", "method": method, "data": str(tmp_path / "train.jsonl"),
+        "model": "qlab-mini", "method": "qlora", "data": str(tmp_path / "train.jsonl"),
         "eval_data": str(tmp_path / "test.jsonl"), "steps": 8, "eval_steps": 8, "save_steps": 4, "device": "cpu",
     }  # fmt: skip
-    one = settings | {"out": str(tmp_path / "one"), "batch_size": 16}
-    two = settings | {"out": str(tmp_path / "two"), "batch_size": 8}
-    (alone,), both = results(run(DDP, json.dumps(one))), results(run(*TORCHRUN, DDP, json.dumps(two)))
+    (alone,) = run(settings | {"out": str(tmp_path / "one"), "batch_size": 16})
+    both = run(settings | {"out": str(tmp_path / "two"), "batch_size": 8}, *TORCHRUN)
     assert [result["rank"] for result in both] == [0, 1]
     assert both[0]["adapter"] == both[1]["adapter"] != alone["adapter"]
     alone, both = (json.loads((tmp_path / name / "record.json").read_text()) for name in ("one", "two"))
