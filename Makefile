@@ -5,7 +5,7 @@ INSTALLED := $(VENV)/.installed
 # Two processes on the cores make spinning OpenMP threads wait for each other.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: lab test notebooks bench bench-merge clean
+.PHONY: lab test full notebooks bench bench-merge clean
 .DELETE_ON_ERROR:
 
 # torch first: another package's requirement could pull another build of it.
@@ -24,6 +24,10 @@ test: $(INSTALLED)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m pytest -n 2
+
+# Hours: fifty killed fine-tunes, and the two largest tables anew. Stopped, it goes on where it was (build/cells).
+full: $(INSTALLED)
+	$(PYTHON) tests/full.py
 
 # Re-execute every notebook in place.
 notebooks: $(INSTALLED)

@@ -25,12 +25,16 @@ def load(
     name_or_path: str | Path = "qlab-mini",
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    quantization_config=None,
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """(model, tokenizer), the model in eval mode on `device` with its floating-point weights in `dtype`.
 
     Causal LMs come with their head (AutoModelForCausalLM), BERT-type encoders without one (AutoModel). The
     bitsandbytes guard goes on first, so a folder saved in 4 bit is safe to evaluate. A folder that `save_quantized` wrote comes
     back with its QuantLinear layers; their weights follow the dtype of what they are multiplied with.
+
+    quantization_config : transformers' (BitsAndBytesConfig), which then quantizes tensor by tensor on `device`: the whole model is
+        never in memory in floating point.
 
     Raises what `locate` and `open_quantized` raise; ValueError for a device that is not there, a `dtype` that is not floating
     point, an architecture that is neither, and a checkpoint that lacks weights.
@@ -42,8 +46,8 @@ def load(
         raise ValueError(f"dtype={dtype!r}: pass a floating-point torch dtype, such as torch.float32 or torch.bfloat16")
     guard_bitsandbytes()
     source = locate(name_or_path)
-    with _quiet():
-        # This imports every quantization library that is installed, with its notices: so inside _quiet.
+    with quiet():
+        # This imports every quantization library that is installed, with its notices: so inside quiet().
         from transformers import AutoTokenizer
 
         folder = download(source)
@@ -53,11 +57,13 @@ def load(
             return model, AutoTokenizer.from_pretrained(folder, config=model.config, **safe)
         auto_class = _auto_class(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, **safe)
+        if quantization_config is not None:  # places the weights by itself
+            safe |= {"quantization_config": quantization_config, "device_map": {"": device}}
         model, report = auto_class.from_pretrained(
             folder, use_safetensors=True, dtype=dtype, output_loading_info=True, **safe
         )
     _refuse_random_weights(model, report)
-    return model.to(device).eval(), tokenizer
+    return (model if quantization_config is not None else model.to(device)).eval(), tokenizer
 
 
 def _auto_class(folder):
@@ -95,7 +101,7 @@ def _refuse_random_weights(model, report):
 
 
 @contextlib.contextmanager
-def _quiet():
+def quiet():
     """No progress bars and no log lines below ERROR during a load; what was set before comes back."""
     bars = transformers.utils.logging.is_progress_bar_enabled()
     hub_bars = not huggingface_hub.utils.are_progress_bars_disabled()

@@ -7,10 +7,10 @@ import sys
 from tqdm.auto import tqdm
 
 from qlab.models.guard import guard_bitsandbytes
-from qlab.models.load import _quiet
+from qlab.models.load import quiet
 
 guard_bitsandbytes()
-with _quiet():  # importing Trainer imports every quantization library that is installed, with its notices
+with quiet():  # importing Trainer imports every quantization library that is installed, with its notices
     from transformers import TrainerCallback
 
 

@@ -29,10 +29,8 @@ from qlab.adapters.dequantize import forget_quantizer
 from qlab.adapters.lora import LoRALinear
 from qlab.adapters.qat_lora import QATLoRALinear
 from qlab.formats import NF4, Format, IntAffine
-from qlab.models import find_linears, guard_bitsandbytes, load, locate, replace
+from qlab.models import find_linears, load, replace
 from qlab.models.checksums import sha256
-from qlab.models.load import _auto_class, _quiet, _refuse_random_weights
-from qlab.models.sources import download
 from qlab.nn.config import format_config
 from qlab.ptq import quantize_model
 from qlab.train.checkpoints import load_tensors, save_tensors, trained_tensors, write_json
@@ -94,29 +92,21 @@ def nf4_or_integers(settings: "Settings") -> Format:
 
 def load_bitsandbytes(settings: "Settings"):
     """(model, tokenizer) of an NF4 base. transformers quantizes tensor by tensor: the whole is never in memory in floating point."""
-    from transformers import AutoTokenizer, BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig
 
     if settings.block_size != 64:
         raise ValueError(
             f"transformers has bitsandbytes make blocks of 64: block_size={settings.block_size} needs bitsandbytes=False"
         )
-    guard_bitsandbytes()
-    folder, safe = download(locate(settings.model)), {"local_files_only": True, "trust_remote_code": False}
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=settings.double_quant,
         bnb_4bit_compute_dtype=getattr(torch, settings.compute),
     )
-    with _quiet():
-        model, report = _auto_class(folder).from_pretrained(
-            folder, use_safetensors=True, dtype=getattr(torch, settings.dtype), device_map={"": settings.place},
-            quantization_config=config, output_loading_info=True, **safe,
-        )  # fmt: skip
-        tokenizer = AutoTokenizer.from_pretrained(folder, **safe)
-    _refuse_random_weights(model, report)
+    model, tokenizer = load(settings.model, settings.place, getattr(torch, settings.dtype), config)
     forget_quantizer(model)  # Trainer takes a model with that mark for one that has no adapters
-    return model.eval(), tokenizer
+    return model, tokenizer
 
 
 def base_record(model: nn.Module) -> dict:

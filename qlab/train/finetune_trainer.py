@@ -19,13 +19,13 @@ from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import FSDPModule
 
 from qlab.models.guard import guard_bitsandbytes
-from qlab.models.load import _quiet
+from qlab.models.load import quiet
 from qlab.train import checkpoints
 from qlab.train.finetune_callbacks import Bar, StopAtInterrupt, StopAtNaN
 from qlab.train.ledger import Ledger, measure
 
 guard_bitsandbytes()
-with _quiet():  # importing Trainer imports every quantization library that is installed, with its notices
+with quiet():  # importing Trainer imports every quantization library that is installed, with its notices
     from transformers import PrinterCallback, Trainer, TrainingArguments
     from transformers.trainer import TRAINER_STATE_NAME
 
