@@ -1,6 +1,6 @@
 """Adapters on frozen layers, and what becomes of them when they are merged."""
 
-from qlab.adapters.add import AdapterReport, adapters_of, add_adapters, add_qat_lora
+from qlab.adapters.add import AdapterReport, adapters_of, add_adapters
 from qlab.adapters.bases import qtensor_of
 from qlab.adapters.bitfit import BiasLinear, BitFitReport, bitfit, fold_biases
 from qlab.adapters.dequantize import dequantize_model
@@ -26,7 +26,7 @@ from qlab.models import trainable_parameters
 
 __all__ = [
     "AdapterReport", "BiasLinear", "BitFitReport", "LayerMerge", "LoRALinear", "LoftQError", "MergeReport",
-    "QALoRALinear", "QATLoRALinear", "adapters_of", "add_adapters", "add_qat_lora", "bitfit", "convert_qat_lora",
+    "QALoRALinear", "QATLoRALinear", "adapters_of", "add_adapters", "bitfit", "convert_qat_lora",
     "dequantize_model", "fold_biases", "load_adapter", "loftq", "loftq_init", "measure", "merge",
     "merge_dequantize", "merge_naive_add", "merge_naive_codes", "merge_requantize", "merge_zero_points",
     "qtensor_of", "read_adapter", "save_adapter", "stochastic_codes", "survival", "to_q4_1", "trainable_parameters",

@@ -118,10 +118,6 @@ def add_adapters(
     return AdapterReport(result.model, result.replaced, skipped, trainable, _frozen(result.model))
 
 
-def add_qat_lora(model: nn.Module, fmt, *, school: str = "merged", method: str = "ste", **settings) -> AdapterReport:
-    return add_adapters(model, "qat", fmt=fmt, school=school, method=method, **settings)
-
-
 def adapters_of(model: nn.Module) -> dict[str, LoRALinear]:
     """name → adapter, in the model's own order, a shared one under its first name. A QALoRALinear is a LoRALinear."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}

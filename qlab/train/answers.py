@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from qlab.models import load
+from qlab.models import load, trainable_parameters
 from qlab.train import tasks
 from qlab.train.evaluate import batches, encode_items, exact_match
 from qlab.train.tasks import Item
@@ -57,14 +57,35 @@ def train_lora(
     return train_answers(model, tokenizer, items, recipe, seed, progress)
 
 
-def train_answers(model, tokenizer, items: Sequence[Item], recipe: LoraRecipe, seed: int = 0, progress: bool = False):
+class AnswerLogits(torch.nn.Module):
+    """A language model as a classifier of answer tokens, so that one cross-entropy fits both tasks."""
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
+        """input_ids, answer (which tokens are answers): (rows, tokens). Returns logits (answer tokens, vocabulary)."""
+        return self.model(input_ids=input_ids, use_cache=False).logits[:, :-1][answer[:, 1:]]
+
+
+def train_answers(
+    model,
+    tokenizer,
+    items: Sequence[Item],
+    recipe: LoraRecipe,
+    seed: int = 0,
+    progress: bool = False,
+    groups: list[dict] | None = None,
+):
     """Train whatever of `model` requires a gradient on the answers of `items`; returns the model, in eval mode.
 
-    Of the recipe lr, steps, batch_size and bf16 are read. The seed draws the batches.
+    Of the recipe lr, steps, batch_size and bf16 are read. The seed draws the batches. groups : an optimizer's parameter groups with
+    learning rates of their own (`qlab.qat.parameter_groups`).
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, recipe.steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(groups or trainable_parameters(model), lr=recipe.lr, weight_decay=0.0)
+    highest = [group["lr"] for group in optimizer.param_groups]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, highest, recipe.steps, pct_start=0.1)
     encoded = encode_items(tokenizer, items)
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)

@@ -15,8 +15,8 @@ town by town, so that any rows can be compared in pairs.
 
 `--tune` measures the learning rates of `GRID` on towns of the training half, which then do not train, and writes
 data/tables/qat_lora_lr.csv: the share of codes that are no longer those of the rounded W, norm(Δ)/norm(W), and the loss (nats per
-token) on training questions after the last step. `RATES` are the best by it; 4 bits have the rate of 3. Not tuned: the factors
-school, and the encoder, which has the rate that `merge_tasks` found for a LoRA.
+token) on training questions after the last step. `RATES` are the best by it; 4 bits have the rate of 3. Not tuned: the encoder,
+which has the rate that `merge_tasks` found for a LoRA.
 
 `TRAINED` says which widths and seeds the table has. The base school on the encoder is in merge_encoder.csv, as a LoRA over codes.
 
@@ -41,6 +41,7 @@ from qlab.adapters import LoRALinear, QATLoRALinear, adapters_of, convert_qat_lo
 from qlab.adapters.qat_lora import SCHOOLS
 from qlab.formats import IntAffine
 from qlab.nn import QuantLinear, weight_of
+from qlab.train.answers import AnswerLogits
 from qlab.train.cells import run_cells
 from qlab.train.classify import ClassifyRecipe, padded
 from qlab.train.corpus import DATA
@@ -68,22 +69,10 @@ GRID = {  # (task, bits, method) → the learning rates that it is measured at
 RATES = {  # of the main table: task → method → width → learning rate
     "questions": {
         "lora": dict.fromkeys(BITS, 1e-2), "merged": dict.fromkeys(BITS, 3e-3),
-        "base": {4: 3e-3, 3: 3e-3, 2: 1e-2}, "factors": dict.fromkeys(BITS, 3e-3),
+        "base": {4: 3e-3, 3: 3e-3, 2: 1e-2}, "factors": dict.fromkeys(BITS, 1e-2),
     },
     "intents": dict.fromkeys(("lora", *SCHOOLS), dict.fromkeys(BITS, 3e-3)),
 }  # fmt: skip
-
-
-class Answers(nn.Module):
-    """A language model as a classifier of answer tokens, so that one cross-entropy fits both tasks."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor, answer: Tensor) -> Tensor:
-        """input_ids, answer (which tokens are answers): (rows, tokens). Returns logits (answer tokens, vocabulary)."""
-        return self.model(input_ids=input_ids, use_cache=False).logits[:, :-1][answer[:, 1:]]
 
 
 @lru_cache(maxsize=2)
@@ -98,7 +87,7 @@ def as_classifier(task: MergeTask, model: nn.Module, count: int) -> tuple[nn.Mod
     if isinstance(task, IntentTask):
         return model, *padded(task.tokenizer, items)
     ((_, ids, answer),) = batches(encode_items(task.tokenizer, items), task.tokenizer.pad_token_id, count)
-    return Answers(model), {"input_ids": ids, "answer": answer}, ids[:, 1:][answer[:, 1:]]
+    return AnswerLogits(model), {"input_ids": ids, "answer": answer}, ids[:, 1:][answer[:, 1:]]
 
 
 def factor_format(bits: int) -> IntAffine:

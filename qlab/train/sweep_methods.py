@@ -26,13 +26,13 @@ import torch
 from torch import nn
 
 from qlab import formats
-from qlab.adapters import add_adapters, add_qat_lora, convert_qat_lora, loftq_init, merge
+from qlab.adapters import add_adapters, convert_qat_lora, loftq_init, merge
 from qlab.formats import NF4, FloatCast, Format, IntAffine
 from qlab.nn import ActQuant, QuantLinear
 from qlab.ptq import METHODS, quantize_model
 from qlab.ptq.quantize import formats_of
 from qlab.qat import convert, layers_of, prepare_qat
-from qlab.train.answers import LoraRecipe, answer_loss, train_answers
+from qlab.train.answers import AnswerLogits, LoraRecipe, train_answers
 from qlab.train.evaluate import batches, bootstrap, encode_items
 from qlab.train.merge_tasks import MergeTask, TuningTask
 from qlab.train.qat_sweep import training_memory
@@ -140,45 +140,14 @@ class Workshop:
         prepare()
         needed = self.training_bytes(model)
         begin = time.process_time()
-        if groups is None:
-            train_answers(model, self.task.tokenizer, self.task.train, recipe, self.task.seed + seed)
-        else:
-            self.train_groups(model, groups, recipe, self.task.seed + seed)
+        train_answers(model, self.task.tokenizer, self.task.train, recipe, self.task.seed + seed, groups=groups)
         return Made(method, family, bits, model, time.process_time() - begin, 0.0, needed, recipe.lr)
-
-    def train_groups(self, model, groups: list[dict], recipe: LoraRecipe, seed: int) -> None:
-        """`train_answers` with a learning rate for each group of parameters."""
-        optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-        rates = [group["lr"] for group in groups]
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, recipe.steps, pct_start=0.1)
-        encoded, generator = encode_items(self.task.tokenizer, self.task.train), torch.Generator().manual_seed(seed)
-        model.train()
-        for _ in range(recipe.steps):
-            drawn = torch.randint(len(encoded), (recipe.batch_size,), generator=generator).tolist()
-            chosen = [encoded[i] for i in drawn]
-            ((_, ids, answer),) = batches(chosen, self.task.tokenizer.pad_token_id, recipe.batch_size)
-            with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):
-                loss = answer_loss(model, ids, answer)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-        model.eval()
 
     def training_bytes(self, model) -> int:
         """`qat_sweep.training_memory` of a batch of 64 training questions."""
         labels = self.ids[:, 1:][self.answer[:, 1:]]
         with torch.autocast("cpu", torch.bfloat16):
-            return training_memory(_AnswerLogits(model), {"ids": self.ids, "answer": self.answer}, labels)
-
-
-class _AnswerLogits(nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids, answer):
-        return self.model(input_ids=ids, use_cache=False).logits[:, :-1][answer[:, 1:]]
+            return training_memory(AnswerLogits(model), {"input_ids": self.ids, "answer": self.answer}, labels)
 
 
 def start(shop: Workshop, bits: int) -> Iterator[Made]:
@@ -286,7 +255,7 @@ def qat_lora(shop: Workshop, bits: int, lr: float) -> Iterator[Made]:
 
     def prepare():
         shapes = {"r": recipe.r, "lora_alpha": recipe.lora_alpha, "target_modules": list(recipe.targets)}
-        add_qat_lora(model, weight_format(bits), school="merged", **shapes)
+        add_adapters(model, "qat", fmt=weight_format(bits), school="merged", **shapes)
 
     made = shop.trained("qat-lora, merged", "merge", bits, model, shop.recipe(lr), prepare)
     begin = time.process_time()
