@@ -297,4 +297,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from qlab.train import qat_lora_sweep  # joblib sends functions by name, and those of __main__ have none
+
+    qat_lora_sweep.main()
