@@ -43,11 +43,11 @@ SHORT_STEPS = 100
 TOWNS, EACH = 250, 8
 TRAINED = (
     *((make, bits) for bits in (4, 3, 2) for make in ("qlora", "qa-lora", "lsq", "qat-lora")),
-    ("further", FLOAT_BITS),
+    *(("qlora NF4", 4), ("further", FLOAT_BITS)),
 )
 MORE = (
     *(("format: k-means, channels", 4), ("format: pairs of a codebook", 4)),
-    *(("qlora NF4", 4), ("lsq", 8), ("loftq", 4), ("loftq", 2)),
+    *(("lsq", 8), ("loftq", 4), ("loftq", 2)),
 )
 CHEAP = (("start", FLOAT_BITS), ("ptq: rtn", 3), ("ptq: gptq", 3), ("format: NF4", 4))
 

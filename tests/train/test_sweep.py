@@ -70,7 +70,10 @@ def made_of(shop, make, bits):
 
 
 @pytest.mark.parametrize(
-    "make, bits", {make: (make, bits) for make, bits in (("start", 32), *sweep.TRAINED, *sweep.MORE)}.values()
+    "make, bits",
+    {
+        pair[0]: pair for pair in (("start", 32), *sweep.TRAINED, *sweep.MORE) if not pair[0].startswith("format")
+    }.values(),
 )
 def test_what_is_trained_gives_its_rows(shop, make, bits):
     before = {name: tensor.clone() for name, tensor in shop.start.model.state_dict().items()}
@@ -126,7 +129,7 @@ def test_merging_zero_points_leaves_the_codes_and_the_answers(shop):
 
 
 def test_loftq_starts_nearer_to_the_weights_than_rounding(shop, monkeypatch):
-    monkeypatch.setattr(sweep_methods, "train_answers", lambda model, *settings: model.eval())
+    monkeypatch.setattr(sweep_methods, "train_answers", lambda model, *settings, **more: model.eval())
     untrained, plain = (next(MAKERS[make](shop, 2)).model for make in ("loftq", "qlora"))
     for name in shop.layers[:3]:
         w = shop.task.model.get_submodule(name).weight
@@ -315,9 +318,11 @@ def test_what_the_table_must_say(table):
         assert mean(bf16, 16) == pytest.approx(mean("qlora", bits), abs=0.01)
 
 
-def test_a_few_cells_measured_again_are_the_shipped_ones(table):
+def test_a_few_cells_measured_again_are_the_shipped_ones(table, monkeypatch):
     """The same steps on another processor round sums otherwise, so answers may differ; what is stored may not."""
-    torch.manual_seed(0)
+    monkeypatch.setattr(
+        sweep_methods, "MergeTask", MergeTask
+    )  # not the small one of `shop`, which lives as long as the module
     again = Workshop(0, steps=sweep.SHORT_STEPS)
     pretrained = sweep_methods.measured(again, next(MAKERS["start"](again, 32)))
     (shipped,) = [r for r in table if (r["method"], r["steps"]) == ("pretrained", sweep.SHORT_STEPS)]
