@@ -23,7 +23,7 @@ lab: $(INSTALLED)
 test: $(INSTALLED)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	$(PYTHON) -m pytest -n 2
+	$(PYTHON) -m pytest -n 2 --dist worksteal
 
 # Hours: fifty killed fine-tunes, and the two largest tables anew. Stopped, it goes on where it was (build/cells).
 full: $(INSTALLED)
