@@ -42,7 +42,7 @@ SEEDS = (0, 1, 2)
 SHORT_STEPS = 100
 TOWNS, EACH = 250, 8
 TRAINED = (
-    *((make, bits) for bits in (4, 3, 2) for make in ("qlora", "qa-lora", "lsq", "qat-lora")),
+    *((make, bits) for bits in (4, 3, 2) for make in ("qlora", "qa-lora", "lsq", "qat-lora", "bitfit")),
     *(("qlora NF4", 4), ("further", FLOAT_BITS)),
 )
 MORE = (

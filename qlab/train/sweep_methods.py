@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from qlab import formats
-from qlab.adapters import add_adapters, convert_qat_lora, loftq_init, merge
+from qlab.adapters import add_adapters, bitfit, convert_qat_lora, loftq_init, merge
 from qlab.formats import NF4, FloatCast, Format, IntAffine
 from qlab.nn import ActQuant, QuantLinear
 from qlab.ptq import METHODS, quantize_model
@@ -41,7 +41,7 @@ from qlab.train.tables import estimate_columns
 FLOAT_BITS = 32
 STEPS = 300
 RATES = {"lsq": (1e-4, 3e-4, 1e-3), "qat-lora": (2e-3, 4e-3, 8e-3)}
-BEST = {"lsq": 1e-3, "further": 1e-3, "qat-lora": 4e-3}
+BEST = {"lsq": 1e-3, "further": 1e-3, "qat-lora": 4e-3, "bitfit": 2e-2}
 
 
 def weight_format(bits: int) -> IntAffine:
@@ -263,6 +263,14 @@ def qat_lora(shop: Workshop, bits: int, lr: float) -> Iterator[Made]:
     yield replace(made, quantize_seconds=time.process_time() - begin)
 
 
+def biases(shop: Workshop, bits: int, lr: float) -> Iterator[Made]:
+    """BitFit on codes: every linear layer gets a bias, and nothing else trains."""
+    model = copy.deepcopy(shop.task.model)
+    seconds = shop.quantized(model, weight_format(bits))
+    made = shop.trained("bitfit", "adapter", bits, model, shop.recipe(lr), lambda: bitfit(model, new_biases=True))
+    yield replace(made, quantize_seconds=seconds)
+
+
 def tuning(shop: Workshop, bits: int, method: str, lr: float) -> Iterator[Made]:
     for made in TUNED[method](shop, bits, lr):
         yield replace(made, family="tuning")
@@ -278,6 +286,7 @@ MAKERS: dict[str, Callable[..., Iterator[Made]]] = {
     "loftq": functools.partial(qlora, name="loftq", loftq=True),
     "qa-lora": qalora,
     "qat-lora": qat_lora,
+    "bitfit": biases,
     "tuning": tuning,
     **{f"format: {name}": functools.partial(rounded, name) for name, _ in FORMATS},
     **{f"ptq: {name}": functools.partial(post_training, name) for name, _ in PTQ},

@@ -55,6 +55,7 @@ def rows_of(make: str, bits: int) -> list[tuple[str, int]]:
         "loftq": [("loftq", bits), ("loftq, requantized", bits)],
         "qa-lora": [("qa-lora", bits), ("qa-lora, merged", bits)],
         "qat-lora": [("qat-lora, merged", bits)],
+        "bitfit": [("bitfit", bits)],
     }[make]
 
 
@@ -83,7 +84,7 @@ def test_what_is_trained_gives_its_rows(shop, make, bits):
     assert all(row.keys() == rows[0].keys() for row in rows), "one header serves them all"
     assert all(m.training_seconds > 0 and m.training_bytes > 2**20 for m in made if m.method != "pretrained")
     assert all(torch.equal(before[name], tensor) for name, tensor in shop.start.model.state_dict().items())
-    beside = {"qlora": adapter_bits(shop), "loftq": adapter_bits(shop), "qa-lora": None}
+    beside = {"qlora": adapter_bits(shop), "loftq": adapter_bits(shop), "qa-lora": None, "bitfit": None}
     for m, row in zip(made, rows, strict=True):
         linear = [m.model.get_submodule(name) for name in shop.layers]
         if m.bits == 32:
